@@ -1,0 +1,73 @@
+"""denoscope: read, audit and steer diffusion models.
+
+import denoscope as ds
+
+denoiser = ds.load("seedling")
+matches = ds.match(denoiser, "one.jpg", "other.jpg", [(120, 80), (200, 140)])
+matches.draw().save("matches.png")
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from denoscope.correspondence import Matches, Mutual, match, mutual_nearest, transfer
+    from denoscope.denoisers import Condition, Denoiser, Noise, NoiseSchedule, Site, Watch, load
+    from denoscope.errors import DenoscopeError, InputError, MissingError
+    from denoscope.features import FeatureMap, features
+    from denoscope.images import Clip, Frame, Picture, read, read_clip
+
+__version__ = "0.1.0"
+
+# names are imported when first used, so that `import denoscope` and `denoscope --help` stay quick
+_HOMES = {
+    "denoscope.correspondence": ("Matches", "Mutual", "match", "mutual_nearest", "transfer"),
+    "denoscope.denoisers": ("Condition", "Denoiser", "Noise", "NoiseSchedule", "Site", "Watch", "load"),
+    "denoscope.errors": ("DenoscopeError", "InputError", "MissingError"),
+    "denoscope.features": ("FeatureMap", "features"),
+    "denoscope.images": ("Clip", "Frame", "Picture", "read", "read_clip"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Clip",
+    "Condition",
+    "Denoiser",
+    "DenoscopeError",
+    "FeatureMap",
+    "Frame",
+    "InputError",
+    "Matches",
+    "MissingError",
+    "Mutual",
+    "Noise",
+    "NoiseSchedule",
+    "Picture",
+    "Site",
+    "Watch",
+    "features",
+    "load",
+    "match",
+    "mutual_nearest",
+    "read",
+    "read_clip",
+    "transfer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'denoscope' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+class _Front(ModuleType):
+    """`denoscope.features` is a package and a function; the import system must not hide the function behind the package."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, getattr(value, name) if name in _HOME and isinstance(value, ModuleType) else value)
+
+
+sys.modules[__name__].__class__ = _Front

@@ -1,0 +1,61 @@
+"""`denoscope`: the command and what its verbs share."""
+
+import os
+import sys
+import warnings
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from denoscope.cli import demo, features, match, models, train
+from denoscope.errors import DenoscopeError
+
+app = typer.Typer(
+    name="denoscope",
+    help="Read, audit and steer diffusion models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("match")(match.match)
+app.command("features")(features.features)
+app.command("models")(models.models)
+app.command("demo")(demo.demo)
+app.add_typer(train.app, name="train")
+
+
+@app.callback(invoke_without_command=True)
+def front(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Read, audit and steer diffusion models."""
+    if version:
+        from denoscope import __version__
+
+        print(__version__)
+        raise typer.Exit
+    warnings.showwarning = _warn
+
+
+def _warn(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
+    if issubclass(category, UserWarning):
+        Console(stderr=True).print(f"[yellow]Note:[/yellow] {message}", highlight=False)
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user's is one sentence and exit status 2."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    console = Console(stderr=True)
+    try:
+        app()
+    except (DenoscopeError, OSError) as error:
+        if "--debug" in sys.argv:
+            raise
+        text = " ".join(str(error).split())
+        console.print(f"[red]Error:[/red] {text}", markup=True, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        console.print("Stopped; what was finished is kept.")
+        sys.exit(130)

@@ -1,0 +1,116 @@
+"""`denoscope match`: points in one picture to the matching points in others."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from denoscope.cli import options
+from denoscope.errors import InputError
+
+
+def match(
+    source: Annotated[Path, typer.Argument(help="Picture that the points lie in.")],
+    targets: Annotated[list[Path], typer.Argument(help="Pictures to find them in.", metavar="TARGET...")],
+    points: Annotated[
+        str | None, typer.Option(help="'x,y;x,y' in source pixels, or a .json / .csv file of them.")
+    ] = None,
+    grid: Annotated[int | None, typer.Option(help="N x N points spread over the source instead.")] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="Use only grid points (default 16 x 16 over its box) where this image is white.")
+    ] = None,
+    model: options.Model = "seedling",
+    preset: options.Preset = None,
+    t: options.T = None,
+    site: options.SiteName = None,
+    ensemble: options.Ensemble = None,
+    size: options.Size = None,
+    prompt: options.Prompt = None,
+    soft: Annotated[float, typer.Option(help="Soft-argmax window in feature cells; 0 takes the best pixel.")] = 0.0,
+    mutual: Annotated[bool, typer.Option("--mutual", help="Also match back and print the distance from the start.")] = False,
+    heat: Annotated[bool, typer.Option("--heat", help="Draw the cosine map of point 0 over the target.")] = False,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    dtype: options.Dtype = None,
+    out: Annotated[Path, typer.Option(help="Folder for matches.png and matches.json.")] = Path("out"),
+) -> None:
+    """Find points of SOURCE in every TARGET; writes a picture and all numbers."""
+    import denoscope as ds
+    from denoscope.images import grid_points
+    from denoscope.images.draw import draw_matches
+
+    picture, others = ds.read(source), [ds.read(target) for target in targets]
+    chosen = choose_points(picture, points, grid, mask)
+    denoiser = ds.load(model, device, dtype)
+    found = ds.match(
+        denoiser, picture, others, chosen, soft_window=soft, cycle=mutual,
+        preset=preset, t=t, site=site, ensemble=ensemble, size=size, prompt=prompt, seed=seed,
+    )  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    one = found[0]
+    drawn = (
+        one.draw(heat=heat)
+        if len(found) == 1
+        else draw_matches(picture, others, one.source_points, [m.points for m in found], scores=[m.scores for m in found])
+    )
+    write_image(drawn, out / "matches.png")
+    if len(found) == 1:
+        one.save(out / "matches.json")
+    else:
+        write_text(json.dumps([m.to_dict() for m in found], indent=2) + "\n", out / "matches.json")
+    print_matches(found, [str(target) for target in targets])
+    Console().print(f"Picture: {out / 'matches.png'}\nNumbers: {out / 'matches.json'}", highlight=False, soft_wrap=True)
+
+
+def choose_points(picture: Any, points: str | None, grid: int | None, mask: Path | None) -> Any:
+    """The points that the options ask for: given, on a grid, or on a grid inside a mask."""
+    from denoscope.images import grid_points, read_mask
+
+    if points is not None and (grid is not None or mask is not None):
+        raise InputError("Give either --points, or --grid and --mask.")
+    if points is not None:
+        return options.parse_points(points)
+    if mask is None:
+        if grid is None:
+            raise InputError("Say which points to match: --points 'x,y;x,y', --grid N or --mask IMAGE.")
+        return grid_points(picture.size, grid)
+    inside = read_mask(mask, picture.size)
+    ys, xs = inside.nonzero()
+    spread = grid_points((int(xs.max() - xs.min()) + 1, int(ys.max() - ys.min()) + 1), grid or 16)
+    spread = spread + spread.new_tensor([xs.min(), ys.min()])
+    kept = [(x, y) for x, y in spread.tolist() if inside[int(y), int(x)]]
+    if not kept:
+        raise InputError(f"No grid point falls inside {mask}; use a larger --grid.")
+    return kept
+
+
+def print_matches(found: list[Any], names: list[str], most: int = 24) -> None:
+    """A short table; everything is in the JSON."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("#", "source x, y", "target x, y", "cosine", *(["back, px"] if found[0].cycle is not None else [])):
+        table.add_column(column, justify="right")
+    for matches, name in zip(found, names, strict=True):
+        if len(found) > 1:
+            table.add_section()
+            table.add_row("", "", f"[bold]{name}")
+        for row in matches.rows()[:most]:
+            cells = [str(row["index"]), f"{row['source_x']:g}, {row['source_y']:g}", f"{row['x']:.5g}, {row['y']:.5g}"]
+            table.add_row(*cells, f"{row['score']:.3f}", *([f"{row['cycle']:.1f}"] if "cycle" in row else []))
+        if len(matches) > most:
+            table.add_row("…", "", f"{len(matches) - most} more")
+    Console().print(table)
+
+
+def write_image(image: Any, path: Path) -> None:
+    beside = path.with_name(path.name + ".part")
+    image.save(beside, "png")
+    beside.replace(path)
+
+
+def write_text(text: str, path: Path) -> None:
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(text)
+    beside.replace(path)

@@ -1,0 +1,65 @@
+"""Options that several verbs share."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from denoscope.errors import InputError, MissingError
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="'seedling', a diffusers folder, an ADM checkpoint file or a hub id.")
+]
+Preset = Annotated[str | None, typer.Option(help="semantic, geometric or temporal: the model's published settings.")]
+T = Annotated[int | None, typer.Option("--t", help="Timestep of the noise that is added.")]
+SiteName = Annotated[str | None, typer.Option("--site", help="Where to read, e.g. up.1 (see 'denoscope models').")]
+Ensemble = Annotated[int | None, typer.Option(help="Draws of the noise to average over.")]
+Size = Annotated[str | None, typer.Option(help="Size to resize to: 768, 768x512, short480, long512, or 0 for none.")]
+Prompt = Annotated[str | None, typer.Option(help="What the picture shows, e.g. 'a photo of a cat'.")]
+Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default what suits the device.")]
+
+
+def parse_points(text: str) -> list[tuple[float, float]]:
+    """Points from "x,y;x,y", or from a .json file (list of pairs, or {"points": …}) or .csv file (columns x, y)."""
+    path = Path(text)
+    if path.suffix.lower() not in (".json", ".csv"):
+        try:
+            pairs = [tuple(map(float, pair.split(","))) for pair in text.split(";") if pair.strip()]
+        except ValueError:
+            raise InputError(f"Points {text!r} are not understood; write them as 'x,y;x,y'.") from None
+        return _pairs(pairs, "--points")
+    if not path.is_file():
+        raise MissingError(f"There is no points file {path}.")
+    try:
+        if path.suffix.lower() == ".json":
+            values = json.loads(path.read_text())
+            return _pairs(values["points"] if isinstance(values, dict) else values, str(path))
+        rows = [[cell.strip() for cell in row] for row in csv.reader(path.read_text().splitlines()) if row]
+        x, y = (rows[0].index("x"), rows[0].index("y")) if rows and {"x", "y"} <= set(rows[0]) else (0, 1)
+        body = rows[1:] if rows and any(not _is_number(cell) for cell in rows[0]) else rows
+        return _pairs([(float(row[x]), float(row[y])) for row in body], str(path))
+    except (json.JSONDecodeError, UnicodeDecodeError, ValueError, KeyError, IndexError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} does not hold points; write pairs [[x, y], …] or columns x,y.") from None
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _pairs(values: Any, where: str) -> list[tuple[float, float]]:
+    pairs = [tuple(float(v) for v in pair) for pair in values]
+    if not pairs:
+        raise InputError(f"{where} holds no points; give at least one x,y.")
+    if any(len(pair) != 2 for pair in pairs):
+        raise InputError(f"{where}: every point needs exactly two numbers, x,y.")
+    return [(pair[0], pair[1]) for pair in pairs]

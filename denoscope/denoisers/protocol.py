@@ -1,0 +1,107 @@
+"""`Denoiser`: one protocol for every pretrained diffusion model.
+
+How further families fit without changing it:
+
+- SDXL: `condition` concatenates the hidden states of its two text encoders as `tokens` and puts the pooled embedding and the
+  size ids into `extra` (`text_embeds`, `time_ids`), which `predict` hands to the U-Net as `added_cond_kwargs`. The network
+  is a diffusers U-Net, so `unet_sites` names its sites; transformer layers with several blocks get `.block.K`.
+- DiT, PixArt, SD3, Flux: `schedule.prediction` is "flow" where they are rectified flows (timesteps stay integers 0..999,
+  scaled to the network's own range inside `predict`); packing latents into tokens is part of `predict`; sites are `block.N`
+  (+ `.query`, `.self_map`, …), kind "tokens", with the patch grid as their grid. Pooled embeddings and guidance scalars go to `extra`.
+- Video U-Nets: latents get a frame axis `[batch, channels, frames, height, width]`; nothing here assumes four axes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from denoscope.denoisers.schedule import NoiseSchedule, Timestep
+from denoscope.sites import Site
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """What the network is told about the picture: prompt tokens and whatever else a family needs, one row per sample."""
+
+    tokens: Float[Tensor, "batch length width"] | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def expand(self, batch: int) -> "Condition":
+        """A condition of one row repeated for `batch` samples (without copying)."""
+
+        def rows(value: Tensor) -> Tensor:
+            return value if value.shape[0] == batch else value.expand(batch, *value.shape[1:])
+
+        tokens = None if self.tokens is None else rows(self.tokens)
+        return Condition(tokens, {name: rows(value) for name, value in self.extra.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class Posterior:
+    """The autoencoder's distribution over latents, already scaled: `mean + std * noise`. Pixel-space models have no `std`."""
+
+    mean: Float[Tensor, "batch channels *size"]
+    std: Float[Tensor, "batch channels *size"] | None = None
+
+    def sample(self, noise: Tensor | None) -> Float[Tensor, "batch channels *size"]:
+        """Latents for the given draws (broadcast over members); the mode when `noise` is None."""
+        if noise is None or self.std is None:
+            return self.mean
+        return self.mean + self.std * noise.to(self.mean)
+
+
+class Denoiser(Protocol):
+    """A pretrained diffusion model. Pixels are float32 in [-1, 1]; latents are float32 in the scale the network was trained on.
+
+    name: what it was loaded from. family: key of its default presets. presets: its own, which win.
+    multiple: picture sides must be multiples of this (1: any). minimum: smallest picture side in pixels.
+    """
+
+    name: str
+    family: str
+    presets: Mapping[str, Mapping[str, Any]]
+    schedule: NoiseSchedule
+    multiple: int
+    minimum: int
+
+    @property
+    def network(self) -> nn.Module: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def posterior(self, pixels: Float[Tensor, "batch 3 height width"]) -> Posterior:
+        """The distribution of latents of a picture: the expensive half of `encode`, done once for a whole ensemble."""
+        ...
+
+    def encode(self, pixels: Float[Tensor, "batch 3 height width"], noise: Tensor | None = None) -> Tensor:
+        """Latents: the posterior's mode, or a sample of it for given `noise`."""
+        ...
+
+    def decode(self, latents: Tensor) -> Float[Tensor, "batch 3 height width"]:
+        """Pixels in [-1, 1] (not clamped)."""
+        ...
+
+    def condition(self, prompts: Sequence[str] | Sequence[int] | None, batch: int = 1) -> Condition:
+        """Condition for prompts or class labels, one row each; None is the unconditional one, `batch` rows.
+
+        Raises InputError when the model cannot be told such a thing.
+        """
+        ...
+
+    def predict(
+        self, noisy: Float[Tensor, "batch channels *size"], t: Timestep, condition: Condition
+    ) -> Float[Tensor, "batch channels *size"]:
+        """The noise in `noisy` at training timestep `t` (epsilon, whatever the network was trained to predict), float32."""
+        ...
+
+    def sites(self) -> list[Site]:
+        """Every place that can be read, in the order of the forward pass, with channels and strides. Runs no weights."""
+        ...

@@ -1,0 +1,136 @@
+"""`NoiseSchedule`: what "timestep t" means for a model, and the conversions between what networks predict.
+
+One form for all: `x_t = a_t x_0 + s_t eps`, with `a_t = sqrt(alphabar_t)`, `s_t = sqrt(1 - alphabar_t)` for the
+variance-preserving process of DDPM (Ho et al., arXiv 2006.11239) and `a_t = 1 - s_t` for rectified flow. Kept in float64 and
+rounded once, where they meet a tensor.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from denoscope.errors import InputError
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
+Timestep = int | Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """signal `a_t` and noise `s_t` for every training timestep, and what the network predicts there.
+
+    prediction: "epsilon" (eps), "v_prediction" (`a eps - s x_0`), "sample" (x_0) or "flow" (`eps - x_0`).
+    """
+
+    signal: Float[Tensor, " steps"]
+    noise: Float[Tensor, " steps"]
+    prediction: str = "epsilon"
+
+    def __post_init__(self) -> None:
+        if self.prediction not in PREDICTIONS:
+            raise InputError(f"Unknown prediction type {self.prediction!r}; known are {', '.join(PREDICTIONS)}.")
+
+    def __len__(self) -> int:
+        return self.signal.shape[0]
+
+    @property
+    def alphas_cumprod(self) -> Float[Tensor, " steps"]:
+        """alphabar_t."""
+        return self.signal**2
+
+    @classmethod
+    def from_alphas_cumprod(cls, alphas_cumprod: Any, prediction: str = "epsilon") -> "NoiseSchedule":
+        alphabar = torch.as_tensor(alphas_cumprod, dtype=torch.float64)
+        return cls(alphabar.sqrt(), (1 - alphabar).sqrt(), prediction)
+
+    @classmethod
+    def from_betas(cls, betas: Any, prediction: str = "epsilon") -> "NoiseSchedule":
+        return cls.from_alphas_cumprod(torch.cumprod(1 - torch.as_tensor(betas, dtype=torch.float64), 0), prediction)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
+        """From the `scheduler_config.json` of any diffusers scheduler (the training process, not the sampler's steps)."""
+        steps = config.get("num_train_timesteps", 1000)
+        if "FlowMatch" in config.get("_class_name", ""):
+            shift = config.get("shift", 1.0) if not config.get("use_dynamic_shifting") else 1.0
+            s = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+            s = shift * s / (1 + (shift - 1) * s)
+            return cls(1 - s, s, "flow")
+        low, high = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+        name = config.get("beta_schedule", "linear")
+        if config.get("trained_betas") is not None:
+            betas = np.asarray(config["trained_betas"], dtype=np.float64)
+        elif name == "linear":
+            betas = np.linspace(low, high, steps)
+        elif name == "scaled_linear":
+            betas = np.linspace(low**0.5, high**0.5, steps) ** 2
+        elif name == "squaredcos_cap_v2":  # Nichol and Dhariwal, arXiv 2102.09672, eq. 17
+            u = np.arange(steps + 1) / steps
+            alphabar = np.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+            betas = np.minimum(1 - alphabar[1:] / alphabar[:-1], 0.999)
+        elif name == "sigmoid":
+            betas = (high - low) / (1 + np.exp(-np.linspace(-6, 6, steps))) + low
+        else:
+            raise InputError(f"Unknown beta schedule {name!r} in the scheduler configuration.")
+        schedule = cls.from_betas(betas, config.get("prediction_type", "epsilon"))
+        if config.get("rescale_betas_zero_snr"):  # Lin et al., arXiv 2305.08891, algorithm 1
+            a = schedule.signal
+            a = (a - a[-1]) * a[0] / (a[0] - a[-1])
+            schedule = cls(a, (1 - a**2).sqrt(), schedule.prediction)
+        return schedule
+
+    def check(self, t: int) -> int:
+        """t, or InputError when it is no training timestep."""
+        if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < len(self):
+            raise InputError(f"Timestep {t} is not in [0, {len(self)}); choose a whole number in that range.")
+        return t
+
+    def at(self, t: Timestep, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(a_t, s_t), shaped to multiply `like`, in its dtype (at least float32) and on its device."""
+        index = torch.as_tensor(t, device="cpu")
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        shape = (-1, *[1] * (like.ndim - 1)) if index.ndim else ()
+        a, s = (table[index].reshape(shape).to(like.device, dtype) for table in (self.signal, self.noise))
+        return a, s
+
+    def add_noise(self, x0: Tensor, eps: Tensor, t: Timestep) -> Tensor:
+        """`x_t = a_t x_0 + s_t eps`."""
+        a, s = self.at(t, x0)
+        return a * x0 + s * eps
+
+    def eps(self, output: Tensor, x_t: Tensor, t: Timestep) -> Tensor:
+        """The noise in `x_t` according to the network's output, whatever the network predicts."""
+        a, s = self.at(t, x_t)
+        match self.prediction:
+            case "epsilon":
+                return output
+            case "v_prediction":
+                return s * x_t + a * output
+            case "sample":
+                return (x_t - a * output) / s
+            case _:
+                return x_t + a * output  # eps = x_t + (1 - s) (eps - x0)
+
+    def x0(self, eps: Tensor, x_t: Tensor, t: Timestep) -> Tensor:
+        """The clean sample implied by a noise: `(x_t - s_t eps) / a_t`."""
+        a, s = self.at(t, x_t)
+        return (x_t - s * eps) / a
+
+    def output(self, eps: Tensor, x_t: Tensor, t: Timestep) -> Tensor:
+        """What the network would have to output for `eps`; the inverse of `eps(output)`."""
+        a, _ = self.at(t, x_t)
+        match self.prediction:
+            case "epsilon":
+                return eps
+            case "v_prediction":
+                return a * eps - self.at(t, x_t)[1] * self.x0(eps, x_t, t)
+            case "sample":
+                return self.x0(eps, x_t, t)
+            case _:
+                return eps - self.x0(eps, x_t, t)

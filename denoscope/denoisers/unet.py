@@ -1,0 +1,119 @@
+"""Denoisers whose network is a diffusers U-Net: Stable Diffusion 1.x / 2.x, and pixel-space models with or without text.
+
+The families differ only in their parts: a VAE or none, a text encoder, class labels or nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from denoscope.denoisers.protocol import Condition, Posterior
+from denoscope.denoisers.schedule import NoiseSchedule, Timestep
+from denoscope.denoisers.text import TextEncoder
+from denoscope.errors import InputError
+from denoscope.sites import Site, Skeleton, unet_sites
+
+
+class UNetDenoiser:
+    """A `UNet2DConditionModel` or `UNet2DModel` with an optional `AutoencoderKL` and an optional text encoder."""
+
+    def __init__(
+        self,
+        unet: Any,
+        schedule: NoiseSchedule,
+        *,
+        vae: Any = None,
+        text: TextEncoder | None = None,
+        name: str = "unet",
+        presets: Mapping[str, Mapping[str, Any]] | None = None,
+    ):
+        channels = unet.config.in_channels
+        expected = vae.config.latent_channels if vae is not None else 3
+        if channels != expected:
+            what = "latent" if vae is not None else "pixel"
+            raise InputError(
+                f"{name} takes {channels} input channels where {expected} {what} channels are required; inpainting, "
+                "upscaling and depth models cannot be read, use the base text-to-image model."
+            )
+        self.unet, self.vae, self.text = unet, vae, text
+        self.schedule, self.name, self.presets = schedule, name, presets or {}
+        self.family = "stable-diffusion" if vae is not None else "pixel"
+        self.multiple = 1
+        depth = len(unet.config.block_out_channels) - 1
+        self.minimum = 64 if vae is not None else 2 ** (depth + 1)
+        self._sites: list[Site] | None = None
+
+    @property
+    def network(self) -> nn.Module:
+        return self.unet
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.unet.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.unet.parameters()).dtype
+
+    @torch.no_grad()
+    def posterior(self, pixels: Tensor) -> Posterior:
+        pixels = pixels.to(self.device)
+        if self.vae is None:
+            return Posterior(pixels)
+        distribution = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
+        scale, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
+        return Posterior((distribution.mean.float() - shift) * scale, distribution.std.float() * scale)
+
+    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        return self.posterior(pixels).sample(noise)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        if self.vae is None:
+            return latents
+        scale, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
+        return self.vae.decode((latents / scale + shift).to(self.vae.dtype)).sample.float()
+
+    def condition(self, prompts: Sequence[str] | Sequence[int] | None, batch: int = 1) -> Condition:
+        if self.text is not None:
+            asked = [""] * batch if prompts is None else list(prompts)
+            if not all(isinstance(prompt, str) for prompt in asked):
+                raise InputError(f"{self.name} is told what to see by prompts, not by class numbers.")
+            return Condition(self.text([str(prompt) for prompt in asked]))
+        classes = self.unet.config.get("num_class_embeds")
+        if classes:
+            if prompts is None:
+                raise InputError(f"{self.name} needs a class number from 0 to {classes - 1} for every picture.")
+            if not all(isinstance(label, int) and 0 <= label < classes for label in prompts):
+                raise InputError(f"{self.name} takes class numbers from 0 to {classes - 1}, not {list(prompts)}.")
+            return Condition(extra={"class_labels": torch.tensor(list(prompts), device=self.device)})
+        if prompts is not None and any(prompt != "" for prompt in prompts):
+            raise InputError(f"{self.name} is unconditional; leave the prompt empty.")
+        return Condition()
+
+    def predict(self, noisy: Tensor, t: Timestep, condition: Condition) -> Tensor:
+        condition = condition.expand(noisy.shape[0])
+        given: dict[str, Any] = {name: value.to(noisy.device) for name, value in condition.extra.items()}
+        if condition.tokens is not None:
+            given["encoder_hidden_states"] = condition.tokens.to(self.dtype)
+        output = self.unet(noisy.to(self.dtype), t, return_dict=False, **given)[0].float()
+        return self.schedule.eps(output[:, : noisy.shape[1]], noisy.float(), t)  # beyond: learned variances
+
+    def sites(self) -> list[Site]:
+        if self._sites is None:
+            config = dict(self.unet.config)
+            with torch.device("meta"):
+                skeleton = Skeleton(type(self.unet).from_config(config), unet_sites(self.unet))
+                width = 512 if self.vae is not None else 16 * self.minimum
+                stride = 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 1
+                noisy = torch.zeros(1, config["in_channels"], width // stride, width // stride)
+                given: dict[str, Tensor] = {}
+                if (cross := config.get("cross_attention_dim")) is not None:
+                    given["encoder_hidden_states"] = torch.zeros(1, self.text.length if self.text else 77, cross)
+                if config.get("num_class_embeds"):
+                    given["class_labels"] = torch.zeros(1, dtype=torch.long)
+                t = torch.zeros((), dtype=torch.long)
+                self._sites = skeleton.measured(lambda network: network(noisy, t, **given), width)
+        return self._sites

@@ -1,0 +1,208 @@
+"""DIFT: dense features from one noising step and one partial forward pass of a diffusion model.
+
+Tang, Jia, Wang, Phoo and Hariharan, "Emergent Correspondence from Image Diffusion", NeurIPS 2023 (arXiv 2306.03881), section 4:
+add the noise of timestep t to the picture, run the network, read one decoder activation, average over draws of the noise.
+
+Where this differs from the published code, the result does not: the picture is encoded once for the whole ensemble (the
+published code encodes every copy), and the network stops inside the forward pass as soon as the site has been seen.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from denoscope.denoisers.noise import Noise
+from denoscope.denoisers.protocol import Condition, Denoiser
+from denoscope.errors import InputError
+from denoscope.features.feature_map import FeatureMap
+from denoscope.features.presets import NAMES, PRESETS
+from denoscope.images import Frame, Picture, read
+from denoscope.sites import Watch
+
+Size = int | str | tuple[int, int]
+_CELLS_AT_ONCE = 4 * 96 * 96  # latent cells per forward pass on the CPU: four members of a 768 px picture
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to read: timestep, site, ensemble size, prompt (or class number) and picture size, all decided."""
+
+    t: int
+    site: str
+    ensemble: int
+    size: Size
+    prompt: str | int | None = None
+    preset: str | None = None
+
+
+def recipe(
+    denoiser: Denoiser,
+    preset: str | None = None,
+    t: int | None = None,
+    site: str | None = None,
+    ensemble: int | None = None,
+    prompt: str | int | None = None,
+    size: Size | None = None,
+) -> Recipe:
+    """The denoiser's preset ("semantic" unless said) with whatever is given put in its place.
+
+    Raises InputError for unknown presets and sites, timesteps outside the schedule and empty ensembles.
+    """
+    presets: Mapping[str, Any] = {**PRESETS.get(denoiser.family, {}), **denoiser.presets}
+    name = preset or "semantic"
+    if name not in presets:
+        raise InputError(f"There is no preset {name!r} for {denoiser.name}; choose one of {', '.join(presets or NAMES)}.")
+    given = {"t": t, "site": site, "ensemble": ensemble, "prompt": prompt, "size": size}
+    chosen = Recipe(**{**presets[name], **{k: v for k, v in given.items() if v is not None}}, preset=name)
+    denoiser.schedule.check(chosen.t)
+    if chosen.ensemble < 1:
+        raise InputError(f"The ensemble needs at least 1 member, not {chosen.ensemble}.")
+    return chosen
+
+
+def resolve_size(size: Size, picture: tuple[int, int], multiple: int = 1, minimum: int = 1) -> tuple[int, int]:
+    """(width, height) that a picture of (width, height) is resized to.
+
+    size: (width, height), "WxH", N or "N" (a square, as the published code has it), "shortN" (short side N, long side
+        rounded down to a multiple of 32, as the published video code has it), "longN" (long side N, both sides rounded to
+        multiples of 8), or 0 (no resizing).
+
+    Raises InputError when it cannot be understood, or the model cannot take the result.
+    """
+    w, h = picture
+    text = "x".join(map(str, size)) if isinstance(size, tuple) else str(size)
+    if found := re.fullmatch(r"(\d+)x(\d+)", text):
+        target = int(found[1]), int(found[2])
+    elif found := re.fullmatch(r"short(\d+)", text):
+        short = int(found[1])
+        target = tuple(short if side == min(w, h) else side * short // min(w, h) // 32 * 32 for side in (w, h))
+    elif found := re.fullmatch(r"long(\d+)", text):
+        scale, step = int(found[1]) / max(w, h), max(8, multiple)
+        target = tuple(max(minimum, step, round(side * scale / step) * step) for side in (w, h))
+    elif text.isdecimal():
+        target = (int(text), int(text)) if int(text) else (w, h)
+    else:
+        raise InputError(f"Size {text!r} is not understood; write 768, 768x512, short480, long512 or 0.")
+    if min(target) < minimum:
+        raise InputError(f"{target[0]}x{target[1]} pixels is too small; this model needs sides of at least {minimum}.")
+    if any(side % multiple for side in target):
+        nearest = "x".join(str(max(1, round(side / multiple)) * multiple) for side in target)
+        raise InputError(f"This model needs sides that are multiples of {multiple}; use size {nearest}.")
+    return target[0], target[1]
+
+
+def features(
+    denoiser: Denoiser,
+    picture: Any,
+    preset: str | None = None,
+    t: int | None = None,
+    site: str | None = None,
+    ensemble: int | None = None,
+    prompt: str | int | None = None,
+    size: Size | None = None,
+    noise: Noise | Literal["none"] | None = None,
+    seed: int = 0,
+    chunk: int | None = None,
+) -> FeatureMap:
+    """Dense features of one picture.
+
+    picture: a Picture, or anything that `denoscope.read` takes.
+    preset: "semantic" (default), "geometric" or "temporal": the published settings of the model's family.
+    t, site, ensemble, prompt, size: replace the preset's; see `resolve_size` for sizes. The prompt is empty by default.
+    noise: explicit draws (their number is the ensemble); "none" feeds the clean latents (CleanDIFT checkpoints); by default
+        draws named by (seed, picture content, t, member), the same on every machine and in every batch.
+    chunk: ensemble members per forward pass; by default as many as fit.
+
+    A picture whose sides are no multiple of the network's stride yields ceil(side / stride) cells; nothing is cropped.
+
+    Raises InputError for settings that the model cannot take and for features that are not finite.
+    """
+    picture = read(picture)
+    if isinstance(noise, Noise):
+        if ensemble not in (None, noise.diffusion.shape[0]):
+            raise InputError(f"The noise has {noise.diffusion.shape[0]} members but the ensemble {ensemble}.")
+        ensemble = noise.diffusion.shape[0]
+    elif noise not in (None, "none"):
+        raise InputError('noise must be a denoscope.Noise, "none" or None.')
+    chosen = recipe(denoiser, preset, t, site, 1 if noise == "none" else ensemble, prompt, size)
+    width_height = resolve_size(chosen.size, picture.size, denoiser.multiple, denoiser.minimum)
+    posterior = denoiser.posterior(picture.resized(width_height)[None])
+    shape = tuple(posterior.mean.shape[1:])
+    if noise is None:
+        key = (seed, picture.digest, chosen.t, chosen.ensemble)
+        draws = Noise.draw(shape, *key, posterior=posterior.std is not None)
+    elif isinstance(noise, Noise):
+        if noise.diffusion.shape[1:] != shape:
+            raise InputError(f"The noise is {list(noise.diffusion.shape[1:])} but the latents are {list(shape)}.")
+        draws = noise
+    else:
+        draws = None
+    condition = denoiser.condition(None if chosen.prompt is None else [chosen.prompt])  # pyright: ignore[reportArgumentType]
+    if draws is None:
+        values = _activation(denoiser, posterior.mean, chosen, condition)[0].float()
+    else:
+
+        def member(part: slice) -> Tensor:
+            eps = draws.diffusion[part].to(posterior.mean)
+            x0 = posterior.sample(None if draws.posterior is None else draws.posterior[part])
+            noisy = denoiser.schedule.add_noise(x0, eps, chosen.t)
+            return _activation(denoiser, noisy, chosen, condition).float().sum(0)
+
+        values = _chunked(member, chosen.ensemble, chunk or _members_at_once(denoiser, shape)) / chosen.ensemble
+    if values.device.type != "meta" and not values.isfinite().all():
+        raise InputError(f"The features are not finite in {denoiser.dtype}; load the model with dtype bfloat16 or float32.")
+    made = {
+        "model": denoiser.name,
+        "preset": chosen.preset,
+        "t": chosen.t,
+        "site": chosen.site,
+        "ensemble": chosen.ensemble,
+        "prompt": chosen.prompt,
+        "size": list(width_height),
+        "seed": None if isinstance(noise, Noise) else seed,
+        "noise": "given" if isinstance(noise, Noise) else noise or "drawn",
+        "dtype": str(denoiser.dtype).removeprefix("torch."),
+        "picture": str(picture.path) if picture.path else None,
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+    }
+    frame = Frame.of(picture.size).resize(width_height).resize((values.shape[2], values.shape[1]))
+    return FeatureMap(values, frame, made, picture)
+
+
+def _activation(
+    denoiser: Denoiser, noisy: Tensor, chosen: Recipe, condition: Condition
+) -> Float[Tensor, "members channels height width"]:
+    with torch.no_grad(), Watch(denoiser, [chosen.site]) as seen:
+        denoiser.predict(noisy, chosen.t, condition)
+    value = seen[chosen.site]
+    if value.ndim != 4:
+        raise InputError(f"{chosen.site} is no map of features; choose a block, resnet, attention, query, key or value.")
+    return value
+
+
+def _members_at_once(denoiser: Denoiser, shape: tuple[int, ...]) -> int:
+    return 1 << 30 if denoiser.device.type == "cuda" else max(1, _CELLS_AT_ONCE // (shape[-1] * shape[-2]))
+
+
+def _chunked(members: Any, count: int, chunk: int) -> Tensor:
+    """Sum of `members(slice)` over `count` members; a GPU that runs out of memory gets half as many at once."""
+    total, start = None, 0
+    while start < count:
+        stop = min(count, start + chunk)
+        try:
+            part = members(slice(start, stop))
+        except torch.OutOfMemoryError:
+            if stop - start == 1:
+                raise
+            chunk = (stop - start) // 2
+            torch.cuda.empty_cache()
+            continue
+        total, start = part if total is None else total + part, stop
+    assert total is not None
+    return total

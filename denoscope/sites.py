@@ -1,0 +1,250 @@
+"""`Site` and `Watch`: named places in a network, and reading the activations there.
+
+Forward hooks on unmodified modules do the reading, so attention kernels, compiled blocks and offloading keep working;
+attention maps are recomputed from the recorded queries and keys. Names, in the order of the forward pass:
+
+    down.L, mid, up.L              output of a resolution level, after its down- or upsampler
+    up.L.resnet.J                  output of a residual block; .increment is its branch before the skip is added
+    up.L.attn.J                    output of a transformer (or plain attention) layer, its own skip included
+    up.L.attn.J.block.K            one of its transformer blocks, if there are several (else left out below)
+    ….query .key .value .self_map  self-attention: tokens as maps, and softmax maps [heads, tokens, tokens]
+    ….cross_query .cross_map       cross-attention over the prompt's tokens: [heads, tokens, prompt tokens]
+    ….feed_forward                 inner activation of the feed-forward layer
+    out.N, in.N                    single layers of families that are numbered by layer (ADM)
+    block.N                        blocks of networks without levels (transformers)
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from denoscope.errors import InputError
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where an activation can be read.
+
+    kind: "block", "resnet", "increment", "attention", "tokens" (reshaped to maps) or "map" (attention maps).
+    channels: of the map (heads, for attention maps). stride: picture pixels per cell.
+    module: dotted path of the module whose output is read. grid: module whose input has the spatial size of tokens.
+    """
+
+    name: str
+    kind: str
+    module: str
+    grid: str | None = None
+    channels: int = 0
+    stride: float = 0.0
+
+
+class Readable(Protocol):
+    """Anything whose activations can be watched: a Denoiser or an Encoder."""
+
+    @property
+    def network(self) -> nn.Module: ...
+
+    def sites(self) -> list[Site]: ...
+
+
+class _Enough(Exception):
+    """Everything asked for has been seen."""
+
+
+class Watch(AbstractContextManager):
+    """Record sites during the forward passes made inside the context.
+
+    with Watch(denoiser, ["up.1"]) as seen:
+        denoiser.predict(noisy, t, condition)  # stops as soon as up.1 is known; the rest of the block is skipped
+    seen["up.1"]  # [batch, channels, height, width]
+
+    With `stop=False` forward passes run to their end and the latest activations are kept. On leaving, every hook is removed,
+    also after an exception: the network is exactly as it was found.
+
+    Raises InputError for unknown names (listing the valid ones) and, on leaving, when a site was never reached.
+    """
+
+    def __init__(self, model: Readable, names: Iterable[str], stop: bool = True):
+        self.names = list(dict.fromkeys(names))
+        known = {site.name: site for site in model.sites()}
+        for name in self.names:
+            if name not in known:
+                raise InputError(f"This model has no site {name!r}; it has {_shortlist(known)}.")
+        if not self.names:
+            raise InputError("Name at least one site to watch.")
+        self.sites = [known[name] for name in self.names]
+        self.network, self.stop = model.network, stop
+        self.seen: dict[str, Tensor] = {}
+        self._handles: list[Any] = []
+
+    def __getitem__(self, name: str) -> Float[Tensor, "batch channels *cells"]:
+        return self.seen[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.seen)
+
+    def take(self) -> dict[str, Tensor]:
+        """What has been seen since the last call, forgetting it (for loops over sampler steps)."""
+        taken, self.seen = self.seen, {}
+        return taken
+
+    def __enter__(self) -> Self:
+        try:
+            for site in self.sites:
+                _READERS[site.kind](self, site)
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        self._remove()
+        if kind is None and (missing := [name for name in self.names if name not in self.seen]) and self.stop:
+            raise InputError(f"The forward pass never reached {missing[0]!r}.")
+        return kind is _Enough
+
+    def _remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _see(self, name: str, value: Tensor) -> None:
+        self.seen[name] = value
+        if self.stop and len(self.seen) == len(self.names):
+            raise _Enough
+
+    def _hook(self, path: str, reader: Callable[[Tensor], None]) -> None:
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            reader(_tensor(output))
+
+        self._handles.append(self.network.get_submodule(path).register_forward_hook(hook))
+
+    def _before(self, path: str, reader: Callable[[Tensor], None]) -> None:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            reader(_tensor(args[0] if args else kwargs["hidden_states"]))
+
+        self._handles.append(self.network.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _read_output(self, site: Site) -> None:
+        self._hook(site.module, lambda value: self._see(site.name, value))
+
+    def _read_tokens(self, site: Site) -> None:
+        size: list[int] = []
+        assert site.grid is not None
+        self._before(site.grid, lambda value: size.__setitem__(slice(None), value.shape[-2:]))
+        self._hook(site.module, lambda value: self._see(site.name, value.mT.unflatten(-1, size)))
+
+    def _read_map(self, site: Site) -> None:
+        """softmax(q k^T / sqrt(d)) in float32, from the outputs of the query and key projections."""
+        attention: Any = self.network.get_submodule(site.module)
+        parts: dict[str, Tensor] = {}
+
+        def part(name: str) -> Callable[[Tensor], None]:
+            def reader(value: Tensor) -> None:
+                parts[name] = value.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+                if len(parts) == 2:
+                    q, k = parts.pop("q").float(), parts.pop("k").float()
+                    self._see(site.name, (q @ k.mT * attention.scale).softmax(-1))
+
+            return reader
+
+        self._hook(f"{site.module}.to_q", part("q"))
+        self._hook(f"{site.module}.to_k", part("k"))
+
+
+_READERS: dict[str, Callable[[Watch, Site], None]] = {
+    **dict.fromkeys(("block", "resnet", "increment", "attention"), Watch._read_output),
+    "tokens": Watch._read_tokens,
+    "map": Watch._read_map,
+}
+
+
+def _tensor(output: Any) -> Tensor:
+    """The activation itself, out of the tuples and output records of diffusers modules."""
+    if isinstance(output, tuple):
+        return output[0]
+    return output if isinstance(output, Tensor) else output.sample
+
+
+def _shortlist(known: Iterable[str]) -> str:
+    names = list(known)
+    coarse = [name for name in names if name.count(".") <= 1]
+    more = f" and {len(names) - len(coarse)} finer ones (denoscope models NAME --sites)" if coarse != names else ""
+    return ", ".join(coarse or names[:20]) + more
+
+
+def unet_sites(network: nn.Module) -> list[Site]:
+    """Sites of any U-Net built from diffusers blocks (`down_blocks`, `mid_block`, `up_blocks`), without sizes."""
+    sites: list[Site] = []
+
+    def attention(name: str, path: str, grid: str, cross: bool = False) -> None:
+        prefix = "cross_" if cross else ""
+        for role, projection in (("query", "to_q"), ("key", "to_k"), ("value", "to_v")):
+            if not cross or role == "query":  # keys and values of the prompt have no place in the image
+                sites.append(Site(f"{name}.{prefix}{role}", "tokens", f"{path}.{projection}", grid))
+        sites.append(Site(f"{name}.{'cross' if cross else 'self'}_map", "map", path))
+
+    def level(name: str, path: str) -> None:
+        block: Any = network.get_submodule(path)
+        resnets = getattr(block, "resnets", None) or []
+        for j in range(max(len(resnets), len(getattr(block, "attentions", None) or []))):
+            if j < len(resnets):
+                sites.append(Site(f"{name}.resnet.{j}.increment", "increment", f"{path}.resnets.{j}.conv2"))
+                sites.append(Site(f"{name}.resnet.{j}", "resnet", f"{path}.resnets.{j}"))
+            layer = (getattr(block, "attentions", None) or [])[j : j + 1]
+            if layer and layer[0] is not None:
+                transformer(f"{name}.attn.{j}", f"{path}.attentions.{j}", layer[0])
+        sites.append(Site(name, "block", path))
+
+    def transformer(name: str, path: str, layer: Any) -> None:
+        blocks = getattr(layer, "transformer_blocks", None)
+        if blocks is None:  # UNet2DModel: a plain attention layer on the map
+            attention(name, path, path)
+        for k, block in enumerate(blocks or []):
+            one, inner = (name if len(blocks) == 1 else f"{name}.block.{k}"), f"{path}.transformer_blocks.{k}"
+            attention(one, f"{inner}.attn1", path)
+            if block.attn2 is not None:
+                attention(one, f"{inner}.attn2", path, cross=True)
+            sites.append(Site(f"{one}.feed_forward", "tokens", f"{inner}.ff.net.0", path))
+            if len(blocks) > 1:
+                sites.append(Site(one, "tokens", inner, path))
+        sites.append(Site(name, "attention", path))
+
+    for i in range(len(network.down_blocks)):  # pyright: ignore[reportArgumentType]
+        level(f"down.{i}", f"down_blocks.{i}")
+    if getattr(network, "mid_block", None) is not None:
+        level("mid", "mid_block")
+    for i in range(len(network.up_blocks)):  # pyright: ignore[reportArgumentType]
+        level(f"up.{i}", f"up_blocks.{i}")
+    return sites
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A network without weights (on the meta device) and its sites, enough to be watched."""
+
+    network: nn.Module
+    found: list[Site]
+
+    def sites(self) -> list[Site]:
+        return self.found
+
+    def measured(self, forward: Callable[[nn.Module], Any], width: int) -> list[Site]:
+        """The sites with channels and strides filled in; `forward` runs the network on a picture `width` pixels wide."""
+        with Watch(self, [site.name for site in self.found], stop=False) as watch, torch.no_grad():
+            forward(self.network)
+
+        def fill(site: Site) -> Site:
+            shape = watch[site.name].shape
+            cells = shape[-1] if site.kind != "map" else round(shape[2] ** 0.5)
+            return replace(site, channels=shape[1], stride=width / cells)
+
+        return [fill(site) for site in self.found]
