@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -44,13 +44,14 @@ class Site:
     stride: float = 0.0
 
 
+@runtime_checkable
 class Readable(Protocol):
     """Anything whose activations can be watched: a Denoiser or an Encoder."""
 
     @property
     def network(self) -> nn.Module: ...
 
-    def sites(self) -> list[Site]: ...
+    def sites(self, sizes: bool = True) -> list[Site]: ...
 
 
 class _Enough(Exception):
@@ -72,7 +73,7 @@ class Watch(AbstractContextManager):
 
     def __init__(self, model: Readable, names: Iterable[str], stop: bool = True):
         self.names = list(dict.fromkeys(names))
-        known = {site.name: site for site in model.sites()}
+        known = {site.name: site for site in model.sites(sizes=False)}
         for name in self.names:
             if name not in known:
                 raise InputError(f"This model has no site {name!r}; it has {_shortlist(known)}.")
@@ -234,7 +235,7 @@ class Skeleton:
     network: nn.Module
     found: list[Site]
 
-    def sites(self) -> list[Site]:
+    def sites(self, sizes: bool = True) -> list[Site]:
         return self.found
 
     def measured(self, forward: Callable[[nn.Module], Any], width: int) -> list[Site]:

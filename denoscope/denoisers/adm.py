@@ -234,7 +234,9 @@ class ADMDenoiser:
         output = self.unet(noisy.to(self.dtype), steps, **condition.expand(noisy.shape[0]).extra).float()
         return self.schedule.eps(output[:, : noisy.shape[1]], noisy.float(), t)
 
-    def sites(self) -> list[Site]:
+    def sites(self, sizes: bool = True) -> list[Site]:
+        if not sizes:
+            return adm_sites(self.unet.config)
         if self._sites is None:
             width, classes = 4 * self.multiple, self.unet.config.num_classes
             with torch.device("meta"):

@@ -13,7 +13,7 @@ How further families fit without changing it:
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -54,6 +54,7 @@ class Posterior:
         return self.mean + self.std * noise.to(self.mean)
 
 
+@runtime_checkable
 class Denoiser(Protocol):
     """A pretrained diffusion model. Pixels are float32 in [-1, 1]; latents are float32 in the scale the network was trained on.
 
@@ -102,6 +103,9 @@ class Denoiser(Protocol):
         """The noise in `noisy` at training timestep `t` (epsilon, whatever the network was trained to predict), float32."""
         ...
 
-    def sites(self) -> list[Site]:
-        """Every place that can be read, in the order of the forward pass, with channels and strides. Runs no weights."""
+    def sites(self, sizes: bool = True) -> list[Site]:
+        """Every place that can be read, in the order of the forward pass. Runs no weights.
+
+        Channels and strides are filled in unless `sizes` is false (they take a dry run of a weightless copy).
+        """
         ...

@@ -101,7 +101,9 @@ class UNetDenoiser:
         output = self.unet(noisy.to(self.dtype), t, return_dict=False, **given)[0].float()
         return self.schedule.eps(output[:, : noisy.shape[1]], noisy.float(), t)  # beyond: learned variances
 
-    def sites(self) -> list[Site]:
+    def sites(self, sizes: bool = True) -> list[Site]:
+        if not sizes:
+            return unet_sites(self.unet)
         if self._sites is None:
             config = dict(self.unet.config)
             with torch.device("meta"):

@@ -1,7 +1,7 @@
 """Dense features of pictures from diffusion models."""
 
-from denoscope.features.dift import features, recipe, resolve_size
+from denoscope.features.dift import feature_maps, features, recipe, resolve_size
 from denoscope.features.feature_map import FeatureMap
 from denoscope.features.presets import PRESETS
 
-__all__ = ["PRESETS", "FeatureMap", "features", "recipe", "resolve_size"]
+__all__ = ["PRESETS", "FeatureMap", "feature_maps", "features", "recipe", "resolve_size"]

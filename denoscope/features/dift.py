@@ -8,17 +8,16 @@ published code encodes every copy), and the network stops inside the forward pas
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from denoscope.denoisers.noise import Noise
-from denoscope.denoisers.protocol import Condition, Denoiser
+from denoscope.denoisers.protocol import Denoiser
 from denoscope.errors import InputError
 from denoscope.features.feature_map import FeatureMap
 from denoscope.features.presets import NAMES, PRESETS
@@ -92,7 +91,7 @@ def resolve_size(size: Size, picture: tuple[int, int], multiple: int = 1, minimu
     if min(target) < minimum:
         raise InputError(f"{target[0]}x{target[1]} pixels is too small; this model needs sides of at least {minimum}.")
     if any(side % multiple for side in target):
-        nearest = "x".join(str(max(1, round(side / multiple)) * multiple) for side in target)
+        nearest = "x".join(str(max(1, int(side / multiple + 0.5)) * multiple) for side in target)
         raise InputError(f"This model needs sides that are multiples of {multiple}; use size {nearest}.")
     return target[0], target[1]
 
@@ -123,7 +122,6 @@ def features(
 
     Raises InputError for settings that the model cannot take and for features that are not finite.
     """
-    picture = read(picture)
     if isinstance(noise, Noise):
         if ensemble not in (None, noise.diffusion.shape[0]):
             raise InputError(f"The noise has {noise.diffusion.shape[0]} members but the ensemble {ensemble}.")
@@ -131,68 +129,76 @@ def features(
     elif noise not in (None, "none"):
         raise InputError('noise must be a denoscope.Noise, "none" or None.')
     chosen = recipe(denoiser, preset, t, site, 1 if noise == "none" else ensemble, prompt, size)
+    return feature_maps(denoiser, read(picture), chosen, [chosen.site], noise, seed, chunk)[chosen.site]
+
+
+def feature_maps(
+    denoiser: Denoiser,
+    picture: Picture,
+    chosen: Recipe,
+    sites: Sequence[str],
+    noise: Noise | Literal["none"] | None = None,
+    seed: int = 0,
+    chunk: int | None = None,
+) -> dict[str, FeatureMap]:
+    """Features of one picture at several sites from the same forward passes; see `features` for the arguments."""
     width_height = resolve_size(chosen.size, picture.size, denoiser.multiple, denoiser.minimum)
     posterior = denoiser.posterior(picture.resized(width_height)[None])
     shape = tuple(posterior.mean.shape[1:])
     if noise is None:
         key = (seed, picture.digest, chosen.t, chosen.ensemble)
         draws = Noise.draw(shape, *key, posterior=posterior.std is not None)
-    elif isinstance(noise, Noise):
-        if noise.diffusion.shape[1:] != shape:
-            raise InputError(f"The noise is {list(noise.diffusion.shape[1:])} but the latents are {list(shape)}.")
-        draws = noise
     else:
-        draws = None
+        draws = noise if isinstance(noise, Noise) else None
+    if draws is not None and draws.diffusion.shape[1:] != shape:
+        raise InputError(f"The noise is {list(draws.diffusion.shape[1:])} but the latents are {list(shape)}.")
+    if maps := [site.name for site in denoiser.sites(sizes=False) if site.kind == "map" and site.name in sites]:
+        raise InputError(f"{maps[0]} is no map of features; choose a block, resnet, attention, query, key or value.")
     condition = denoiser.condition(None if chosen.prompt is None else [chosen.prompt])  # pyright: ignore[reportArgumentType]
-    if draws is None:
-        values = _activation(denoiser, posterior.mean, chosen, condition)[0].float()
-    else:
 
-        def member(part: slice) -> Tensor:
-            eps = draws.diffusion[part].to(posterior.mean)
+    def members(part: slice) -> list[Tensor]:
+        if draws is None:
+            noisy = posterior.mean
+        else:
             x0 = posterior.sample(None if draws.posterior is None else draws.posterior[part])
-            noisy = denoiser.schedule.add_noise(x0, eps, chosen.t)
-            return _activation(denoiser, noisy, chosen, condition).float().sum(0)
+            noisy = denoiser.schedule.add_noise(x0, draws.diffusion[part].to(x0), chosen.t)
+        with torch.no_grad(), Watch(denoiser, sites) as seen:
+            denoiser.predict(noisy, chosen.t, condition)
+        return [seen[site].float().sum(0) for site in sites]
 
-        values = _chunked(member, chosen.ensemble, chunk or _members_at_once(denoiser, shape)) / chosen.ensemble
-    if values.device.type != "meta" and not values.isfinite().all():
-        raise InputError(f"The features are not finite in {denoiser.dtype}; load the model with dtype bfloat16 or float32.")
-    made = {
-        "model": denoiser.name,
-        "preset": chosen.preset,
-        "t": chosen.t,
-        "site": chosen.site,
-        "ensemble": chosen.ensemble,
-        "prompt": chosen.prompt,
-        "size": list(width_height),
-        "seed": None if isinstance(noise, Noise) else seed,
-        "noise": "given" if isinstance(noise, Noise) else noise or "drawn",
-        "dtype": str(denoiser.dtype).removeprefix("torch."),
-        "picture": str(picture.path) if picture.path else None,
-        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
-    }
-    frame = Frame.of(picture.size).resize(width_height).resize((values.shape[2], values.shape[1]))
-    return FeatureMap(values, frame, made, picture)
-
-
-def _activation(
-    denoiser: Denoiser, noisy: Tensor, chosen: Recipe, condition: Condition
-) -> Float[Tensor, "members channels height width"]:
-    with torch.no_grad(), Watch(denoiser, [chosen.site]) as seen:
-        denoiser.predict(noisy, chosen.t, condition)
-    value = seen[chosen.site]
-    if value.ndim != 4:
-        raise InputError(f"{chosen.site} is no map of features; choose a block, resnet, attention, query, key or value.")
-    return value
+    sums = _chunked(members, chosen.ensemble, chunk or _members_at_once(denoiser, shape))
+    found = {}
+    for site, total in zip(sites, sums, strict=True):
+        values = total / chosen.ensemble
+        if values.device.type != "meta" and not values.isfinite().all():
+            raise InputError(f"The features are not finite in {denoiser.dtype}; load the model in bfloat16 or float32.")
+        made = {
+            "model": denoiser.name,
+            "preset": chosen.preset,
+            "t": chosen.t,
+            "site": site,
+            "ensemble": chosen.ensemble,
+            "prompt": chosen.prompt,
+            "size": list(width_height),
+            "seed": None if isinstance(noise, Noise) else seed,
+            "noise": "given" if isinstance(noise, Noise) else noise or "drawn",
+            "dtype": str(denoiser.dtype).removeprefix("torch."),
+            "picture": str(picture.path) if picture.path else None,
+            "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+        }
+        frame = Frame.of(picture.size).resize(width_height).resize((values.shape[2], values.shape[1]))
+        found[site] = FeatureMap(values, frame, made, picture)
+    return found
 
 
 def _members_at_once(denoiser: Denoiser, shape: tuple[int, ...]) -> int:
     return 1 << 30 if denoiser.device.type == "cuda" else max(1, _CELLS_AT_ONCE // (shape[-1] * shape[-2]))
 
 
-def _chunked(members: Any, count: int, chunk: int) -> Tensor:
-    """Sum of `members(slice)` over `count` members; a GPU that runs out of memory gets half as many at once."""
-    total, start = None, 0
+def _chunked(members: Callable[[slice], list[Tensor]], count: int, chunk: int) -> list[Tensor]:
+    """Sums of `members(slice)` over `count` members; a GPU that runs out of memory gets half as many at once."""
+    totals: list[Tensor] = []
+    start = 0
     while start < count:
         stop = min(count, start + chunk)
         try:
@@ -203,6 +209,6 @@ def _chunked(members: Any, count: int, chunk: int) -> Tensor:
             chunk = (stop - start) // 2
             torch.cuda.empty_cache()
             continue
-        total, start = part if total is None else total + part, stop
-    assert total is not None
-    return total
+        totals = [total + new for total, new in zip(totals, part, strict=True)] if totals else part
+        start = stop
+    return totals

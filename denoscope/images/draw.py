@@ -21,14 +21,15 @@ from denoscope.errors import InputError
 from denoscope.images.frame import Frame, Points, as_points
 from denoscope.images.picture import Picture
 
+Number = int | float  # run-time checkers do not take an int for a float
 Colour = tuple[int, ...]
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 Heat = Float[Tensor, "rows columns"]
 Pen = ImageDraw.ImageDraw
 Basis = tuple[Float[Tensor, " channels"], Float[Tensor, "3 channels"]]
 
-PALETTE = "#E69F00 #56B4E9 #009E73 #D55E00 #CC79A7 #F0E442 #0072B2 #000000"
-OKABE_ITO: list[Colour] = [ImageColor.getrgb(code) for code in PALETTE.split()]
+CODES = "#E69F00 #56B4E9 #009E73 #D55E00 #CC79A7 #F0E442 #0072B2 #000000"
+OKABE_ITO: list[Colour] = [ImageColor.getrgb(code) for code in CODES.split()]
 WHITE, DARK, GREY, PAPER = (255, 255, 255), (32, 32, 32), (112, 112, 112), (243, 243, 243)
 NUMBERED, CONNECTED = 24, 60  # the most points that carry numbers, and that are joined by lines
 FINE = 3  # what lies over pictures is drawn this many times larger, then shrunk
@@ -62,9 +63,7 @@ def draw_matches(
         """One tensor for each target, with one entry for each point; none at all for None."""
         entries = [] if values is None else [values] if isinstance(targets, Picture) else list(values)
         if values is not None and [len(entry) for entry in entries] != [count] * (len(pictures) - 1):
-            raise InputError(
-                f"{what} needs one entry for each of {len(pictures) - 1} targets, each for {count} points."
-            )
+            raise InputError(f"{what} needs an entry for each of {len(pictures) - 1} targets, each for {count} points.")
         return [torch.as_tensor(entry).cpu() for entry in entries]
 
     given = [source_points, *each(target_points, "target_points")]
@@ -75,19 +74,18 @@ def draw_matches(
     footer = line * (2 if scores else 1) + gutter // 2
     boxes = _arrange([p.size for p in pictures], side, gutter, gutter + (2 * line if title else 0), footer)
     canvas = Image.new("RGB", (max(b[2] for b in boxes) + gutter, max(b[3] for b in boxes) + footer + gutter), WHITE)
-    draw = ImageDraw.Draw(canvas)
     if title:
-        with _layer(canvas, (gutter, 0, canvas.width - gutter, 2 * line + gutter)) as pen:
-            width = pen.im.size[0]
-            _write(pen, title, (width / 2, FINE * (gutter + line * 0.8)), FINE * size * 1.4, DARK, width)
+        with _layer(canvas, (0, 0, canvas.width, 2 * line + gutter)) as pen:
+            middle = FINE * canvas.width / 2, FINE * (gutter + line * 0.8)
+            _write(pen, title, middle, FINE * size * 1.4, DARK, FINE * (canvas.width - 2 * gutter))
 
     frames = []
     for index, (picture, (left, top, right, bottom)) in enumerate(zip(pictures, boxes, strict=True)):
         width, height = _fitted(picture.size, (right - left, bottom - top))
         corner = left + (right - left - width) // 2, top + (bottom - top - height) // 2
-        draw.rectangle((left, top, right - 1, bottom - 1), PAPER)
-        panel = picture.image().resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3)
-        canvas.paste(_heated(panel, heat, 0.55, "viridis") if heat is not None and index == 1 else panel, corner)
+        canvas.paste(PAPER, (left, top, right, bottom))
+        panel = heat_overlay(picture, heat) if heat is not None and index == 1 else picture.image()
+        canvas.paste(panel.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3), corner)
         frames.append(Frame.of(picture.size).resize((width, height)).pad(*corner))
 
     colours = [OKABE_ITO[i % len(OKABE_ITO)] for i in range(count)] if count <= NUMBERED else _ramp(points[0])
@@ -97,7 +95,7 @@ def draw_matches(
         with _layer(canvas, whole, 0.65) as pen:
             for i in range(count):
                 dashed = bool(correct) and not correct[0][i]
-                _join(pen, starts[i], ends[i], colours[i], FINE * side / 300, dashed)
+                _join(pen, starts[i], ends[i], colours[i], FINE * max(side, 320) / 300, dashed)
     for index, (left, top, right, bottom) in enumerate(boxes):
         width, height = FINE * (right - left), FINE * (bottom - top)
         around = left - gutter, top - gutter, right + gutter, bottom + footer
@@ -119,7 +117,13 @@ def heat_overlay(picture: Picture, heat: Heat, alpha: float = 0.55, colormap: st
     heat: covers the whole picture, at any resolution. alpha: weight of the colours. colormap: a name of matplotlib's.
     Raises InputError when the map is not finite.
     """
-    return _heated(picture.image(), heat, alpha, colormap)
+    heat = torch.as_tensor(heat).detach().cpu().float()
+    if heat.ndim != 2 or not heat.isfinite().all():
+        raise InputError("The heat map must be [rows, columns] of finite numbers; replace NaN and infinity first.")
+    heat = heat - heat.min()
+    levels = Image.fromarray((heat / (heat.max() or 1) * 255).numpy()).resize(picture.size, Image.Resampling.BILINEAR)
+    table = matplotlib.colormaps[colormap](np.arange(256) / 255, bytes=True)[:, :3]
+    return Image.blend(picture.image(), Image.fromarray(table[np.asarray(levels).round().astype(np.uint8)]), alpha)
 
 
 def mask_overlay(
@@ -184,9 +188,7 @@ def contact_sheet(
 ) -> Image.Image:
     """Thumbnails in rows on white, each fitted into a square of `side` pixels, with its label below."""
     if not images or len(labels or images) != len(images):
-        raise InputError(
-            f"A contact sheet needs images and a label for each, not {len(images)} and {len(labels or [])}."
-        )
+        raise InputError(f"A contact sheet needs images and a label for each; there are {len(images)} images.")
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
     gutter, size = max(6, side // 20), max(10, 6 + side // 32)
     line = round(size * 1.6) if labels else 0
@@ -220,16 +222,6 @@ def _fitted(size: tuple[int, int], within: tuple[int, int]) -> tuple[int, int]:
     """The largest (width, height) of the same aspect that fits, at least one pixel each way."""
     scale = min(within[0] / size[0], within[1] / size[1])
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
-
-
-def _heated(image: Image.Image, heat: Heat, alpha: float, colormap: str) -> Image.Image:
-    heat = torch.as_tensor(heat).detach().cpu().float()
-    if heat.ndim != 2 or not heat.isfinite().all():
-        raise InputError("The heat map must be [rows, columns] of finite numbers; replace NaN and infinity first.")
-    heat = heat - heat.min()
-    levels = Image.fromarray((heat / (heat.max() or 1) * 255).numpy()).resize(image.size, Image.Resampling.BILINEAR)
-    table = matplotlib.colormaps[colormap](np.arange(256) / 255, bytes=True)[:, :3]
-    return Image.blend(image, Image.fromarray(table[np.asarray(levels).round().astype(np.uint8)]), alpha)
 
 
 def _vectors(values: Float[Tensor, "channels height width"]) -> Float[Tensor, "cells channels"]:
@@ -275,12 +267,12 @@ def _join(pen: Pen, start: np.ndarray, end: np.ndarray, colour: Colour, width: f
 def _mark_all(pen: Pen, xy: np.ndarray, colours: list[Colour], correct: Tensor | None, area: Box, side: int) -> None:
     """The marks of one panel and, where they are few, their numbers in chips beside them."""
     few = len(xy) <= NUMBERED
-    radius = FINE * side * (0.0105 if few else min(0.0065, max(0.002, 0.17 / math.sqrt(len(xy)))))
+    radius = FINE * max(side, 320) * (0.0105 if few else min(0.0065, max(0.002, 0.17 / math.sqrt(len(xy)))))
     size = FINE * max(9, side // 44)
     sizes = np.array([((0.6 * len(str(i)) + 0.45) * size, 1.15 * size) for i in range(len(xy) if few else 0)])
     labels = _place_labels(xy[: len(sizes)], sizes, area, radius * 1.6)
     middles = [((label[0] + label[2]) / 2, (label[1] + label[3]) / 2) for label in labels]
-    for point, middle, colour in zip(xy, middles, colours, strict=False):
+    for point, middle, colour in zip(xy, middles, colours, strict=False):  # a label that was moved off stays tied
         pen.line([tuple(point), middle], WHITE, 3 * FINE)
         pen.line([tuple(point), middle], colour, FINE)
     for i, (point, colour) in enumerate(zip(xy, colours, strict=True)):
@@ -312,17 +304,17 @@ def _place_labels(points: np.ndarray, sizes: np.ndarray, area: Box, reach: float
     steps = np.stack([np.cos(angles), np.sin(angles)], 1)
     boxes: list[np.ndarray] = []
     for point, half in zip(points, sizes / 2, strict=True):
-        middles = np.concatenate([point + steps * (reach * ring + half) for ring in (1, 2, 3.5, 5, 7, 9)])
+        middles = np.concatenate([point + steps * (reach * ring + half) for ring in range(1, 40, 2)])
         middles = np.clip(middles, area[:2] + half, area[2:] - half)
         tried = np.hstack([middles - half, middles + half])
         taken = np.concatenate([np.hstack([points - reach * 0.8, points + reach * 0.8]), *(box[None] for box in boxes)])
         shared = np.minimum(tried[:, None, 2:], taken[:, 2:]) - np.maximum(tried[:, None, :2], taken[:, :2])
         overlap = shared.clip(0).prod(2).sum(1) / (4 * half.prod())
-        boxes.append(tried[np.argmin(overlap * 40 + np.arange(len(tried)) / 16)])  # the earlier, the nearer
+        boxes.append(tried[np.argmin(overlap * 1e6 + np.arange(len(tried)))])  # the earlier, the nearer
     return boxes
 
 
-def _write(pen: Pen, text: str, middle: tuple[float, float], size: float, ink: Colour, width: float) -> None:
+def _write(pen: Pen, text: str, middle: tuple[Number, Number], size: Number, ink: Colour, width: Number) -> None:
     """Text cut to a width. Pillow's own font has ASCII only, so accents are dropped and other letters become `?`."""
     letters = [c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c)]
     text, font = "".join(c if c.isascii() else "?" for c in letters), ImageFont.load_default(size=size)

@@ -159,25 +159,28 @@ def _existing(source: str | Path) -> Path:
 
 def _opened(path: Path, frame: int | None = 0) -> Image.Image:
     """Open and decode an image file, turning Pillow's many complaints into one sentence each."""
-    too_large = f"{path} has more than {MAX_PIXELS // 1_000_000} megapixels; make it smaller first."
+    too_large = InputError(f"{path} has more than {MAX_PIXELS // 1_000_000} megapixels; make it smaller first.")
+    image = None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(path)
         if image.width * image.height > MAX_PIXELS:
-            raise InputError(too_large)
+            raise too_large
         if frame is not None and getattr(image, "n_frames", 1) > 1:
             warnings.warn(f"{path} is an animation; its first frame is used.", stacklevel=3)
         image.load()
         return image
-    except Image.DecompressionBombError:
-        raise InputError(too_large) from None
-    except UnidentifiedImageError:
-        raise InputError(f"{path} is not an image that can be read (PNG, JPEG, WebP, TIFF, GIF, BMP …).") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} is truncated or damaged ({error}); save it again.") from None
+    except BaseException as error:
+        if image is not None:
+            image.close()
+        if isinstance(error, Image.DecompressionBombError):
+            raise too_large from None
+        if isinstance(error, UnidentifiedImageError):
+            raise InputError(f"{path} is not an image that can be read (PNG, JPEG, WebP, TIFF, GIF …).") from None
+        if isinstance(error, (OSError, SyntaxError, ValueError, EOFError)) and not isinstance(error, InputError):
+            raise InputError(f"{path} is truncated or damaged ({error}); save it again.") from None
+        raise
 
 
 def _from_image(image: Image.Image, what: str) -> Float[Tensor, "3 height width"]:

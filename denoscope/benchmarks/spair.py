@@ -1,0 +1,52 @@
+"""Pairs of data sets in the SPair-71k layout."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from denoscope.benchmarks.pck import Pair
+from denoscope.errors import InputError, MissingError
+
+
+def read_pairs(root: str | Path, split: str = "test", categories: list[str] | None = None) -> list[Pair]:
+    """All pairs of a split, in the order of `Layout/large/SPLIT.txt`, or of the file names when that is missing.
+
+    Annotation names may have `_` or `%3A` where the original has `:`. The category is what the annotation says.
+
+    Raises MissingError naming what was looked for, InputError for annotations that cannot be read.
+    """
+    root = Path(root)
+    folder = root / "PairAnnotation" / split
+    if not folder.is_dir():
+        raise MissingError(f"{root} is not in the SPair-71k layout: there is no folder {folder}.")
+    found = {path.stem.replace("%3A", ":").replace("_", ":"): path for path in sorted(folder.glob("*.json"))}
+    layout = root / "Layout" / "large" / f"{split}.txt"
+    order = [line.strip() for line in layout.read_text().splitlines() if line.strip()] if layout.is_file() else list(found)
+    pairs = []
+    for name in order:
+        path = found.get(name.replace("_", ":"))
+        if path is None:
+            raise MissingError(f"{layout} lists {name}, but there is no such file in {folder}.")
+        try:
+            pairs.append(_read_pair(root, path))
+        except (KeyError, ValueError, TypeError, IndexError) as error:
+            raise InputError(f"{path} is not a pair annotation of SPair-71k ({error!r}).") from None
+    return [pair for pair in pairs if categories is None or pair.category in categories]
+
+
+def _read_pair(root: Path, path: Path) -> Pair:
+    values = json.loads(path.read_text())
+    category = values["category"]
+    images = root / "JPEGImages" / category
+    return Pair(
+        source=str(images / values["src_imname"]),
+        target=str(images / values["trg_imname"]),
+        category=category,
+        source_points=torch.tensor(values["src_kps"], dtype=torch.float64).reshape(-1, 2),
+        target_points=torch.tensor(values["trg_kps"], dtype=torch.float64).reshape(-1, 2),
+        source_box=tuple(values["src_bndbox"]),
+        target_box=tuple(values["trg_bndbox"]),
+        source_size=tuple(values["src_imsize"][:2]),
+        target_size=tuple(values["trg_imsize"][:2]),
+    )
