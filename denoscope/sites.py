@@ -206,10 +206,10 @@ def unet_sites(network: nn.Module) -> list[Site]:
         sites.append(Site(name, "block", path))
 
     def transformer(name: str, path: str, layer: Any) -> None:
-        blocks = getattr(layer, "transformer_blocks", None)
-        if blocks is None:  # UNet2DModel: a plain attention layer on the map
+        blocks: Any = getattr(layer, "transformer_blocks", ())
+        if not len(blocks):  # UNet2DModel: a plain attention layer on the map
             attention(name, path, path)
-        for k, block in enumerate(blocks or []):
+        for k, block in enumerate(blocks):
             one, inner = (name if len(blocks) == 1 else f"{name}.block.{k}"), f"{path}.transformer_blocks.{k}"
             attention(one, f"{inner}.attn1", path)
             if block.attn2 is not None:

@@ -47,7 +47,9 @@ def smooth_picture(seed: int, width: int = 72, height: int = 56) -> ds.Picture:
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width] / 20
     phases, turns = rng.uniform(0, 6, (3, 4)), rng.uniform(0.3, 2, (3, 4))
-    planes = [sum(np.sin(turns[c, k] * (x * np.cos(k) + y * np.sin(k)) + phases[c, k]) for k in range(4)) for c in range(3)]
+    planes = [
+        sum(np.sin(turns[c, k] * (x * np.cos(k) + y * np.sin(k)) + phases[c, k]) for k in range(4)) for c in range(3)
+    ]
     image = np.stack(planes, -1)
     image = (image - image.min()) / (image.max() - image.min())
     return ds.read((image * 255).round().astype(np.uint8))

@@ -37,7 +37,9 @@ def sd21():
         text = CLIPTextModel(
             CLIPTextConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16)
         )
-    schedule = ds.NoiseSchedule.from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
+    schedule = ds.NoiseSchedule.from_config(
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    )
     return UNetDenoiser(unet, schedule, vae=vae, text=TextEncoder(OneToken(), text), name="sd21")
 
 

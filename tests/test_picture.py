@@ -7,8 +7,8 @@ from conftest import smooth_picture
 from PIL import Image
 
 import denoscope as ds
-from denoscope.images import read_mask
 from denoscope.images import picture as module
+from denoscope.images import read_mask
 
 
 @pytest.fixture

@@ -9,7 +9,9 @@ import denoscope as ds
 
 def noisy_input(denoiser, size=64):
     latents = denoiser.encode(smooth_picture(1).resized((size, size))[None])
-    return denoiser.schedule.add_noise(latents, torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)), 100)
+    return denoiser.schedule.add_noise(
+        latents, torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)), 100
+    )
 
 
 def hooks(network):

@@ -22,7 +22,9 @@ def read_pairs(root: str | Path, split: str = "test", categories: list[str] | No
         raise MissingError(f"{root} is not in the SPair-71k layout: there is no folder {folder}.")
     found = {path.stem.replace("%3A", ":").replace("_", ":"): path for path in sorted(folder.glob("*.json"))}
     layout = root / "Layout" / "large" / f"{split}.txt"
-    order = [line.strip() for line in layout.read_text().splitlines() if line.strip()] if layout.is_file() else list(found)
+    order = (
+        [line.strip() for line in layout.read_text().splitlines() if line.strip()] if layout.is_file() else list(found)
+    )
     pairs = []
     for name in order:
         path = found.get(name.replace("_", ":"))

@@ -61,7 +61,9 @@ def features(
         last = done or last
     if last is not None:
         c, h, w = last.values.shape
-        console.print(f"{len(files) - len(failed)} of {len(files)} pictures: {c} channels, e.g. {w}x{h} cells, in {out}.")
+        console.print(
+            f"{len(files) - len(failed)} of {len(files)} pictures: {c} channels, e.g. {w}x{h} cells, in {out}."
+        )
     if failed:
         raise InputError(f"{len(failed)} of {len(files)} pictures failed; the first: {failed[0]}")
 

@@ -56,6 +56,3 @@ def main() -> None:
         text = " ".join(str(error).split())
         console.print(f"[red]Error:[/red] {text}", markup=True, highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        console.print("Stopped; what was finished is kept.")
-        sys.exit(130)

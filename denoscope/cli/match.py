@@ -30,7 +30,9 @@ def match(
     size: options.Size = None,
     prompt: options.Prompt = None,
     soft: Annotated[float, typer.Option(help="Soft-argmax window in feature cells; 0 takes the best pixel.")] = 0.0,
-    mutual: Annotated[bool, typer.Option("--mutual", help="Also match back and print the distance from the start.")] = False,
+    mutual: Annotated[
+        bool, typer.Option("--mutual", help="Also match back and print the distance from the start.")
+    ] = False,
     heat: Annotated[bool, typer.Option("--heat", help="Draw the cosine map of point 0 over the target.")] = False,
     seed: options.Seed = 0,
     device: options.Device = "auto",
@@ -39,7 +41,6 @@ def match(
 ) -> None:
     """Find points of SOURCE in every TARGET; writes a picture and all numbers."""
     import denoscope as ds
-    from denoscope.images import grid_points
     from denoscope.images.draw import draw_matches
 
     picture, others = ds.read(source), [ds.read(target) for target in targets]
@@ -54,7 +55,9 @@ def match(
     drawn = (
         one.draw(heat=heat)
         if len(found) == 1
-        else draw_matches(picture, others, one.source_points, [m.points for m in found], scores=[m.scores for m in found])
+        else draw_matches(
+            picture, others, one.source_points, [m.points for m in found], scores=[m.scores for m in found]
+        )
     )
     write_image(drawn, out / "matches.png")
     if len(found) == 1:

@@ -23,7 +23,9 @@ def models(
         table.add_row("seedling", "the embedded pixel-space model (see its card in denoscope/seedling)")
         table.add_row("FOLDER or HUB/ID", "Stable Diffusion 1.x or 2.x pipeline in diffusers layout")
         table.add_row("FOLDER", "pixel-space UNet2DModel or UNet2DConditionModel in diffusers layout")
-        table.add_row("FILE.pt / .safetensors", "ADM (guided-diffusion) checkpoint; other shapes in FILE.json beside it")
+        table.add_row(
+            "FILE.pt / .safetensors", "ADM (guided-diffusion) checkpoint; other shapes in FILE.json beside it"
+        )
         console.print(table)
         return
     import denoscope as ds
@@ -38,6 +40,6 @@ def models(
     for column in ("site", "kind", "channels", "stride"):
         table.add_column(column, justify="left" if column in ("site", "kind") else "right")
     for site in denoiser.sites():
-        if sites or site.kind in ("block", "resnet") and site.name.count(".") <= 1:
+        if sites or (site.kind in ("block", "resnet") and site.name.count(".") <= 1):
             table.add_row(site.name, site.kind, str(site.channels), f"{site.stride:g}")
     console.print(table)

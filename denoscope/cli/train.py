@@ -22,7 +22,9 @@ def front() -> None:
 def denoiser(
     config: Annotated[Path, typer.Argument(help="TOML file, e.g. denoscope/seedling/recipe.toml.")],
     out: Annotated[Path, typer.Option(help="Folder for checkpoints, samples and the model.")] = Path("runs/denoiser"),
-    data: Annotated[Path, typer.Option(help="Folder that the image paths of the configuration start from.")] = Path("."),
+    data: Annotated[Path, typer.Option(help="Folder that the image paths of the configuration start from.")] = Path(
+        "."
+    ),
     device: options.Device = "auto",
     precision: Annotated[str, typer.Option(help="auto, no, bf16 or fp16.")] = "auto",
 ) -> None:

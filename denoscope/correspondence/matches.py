@@ -48,7 +48,11 @@ class Matches:
         """Everything that is saved as JSON."""
         recipe = {key: value for key, value in self.recipe.items() if key not in ("picture", "size")}
         pictures = {
-            role: {"path": fm.recipe.get("picture"), "size": list(fm.frame.picture), "network_size": fm.recipe.get("size")}
+            role: {
+                "path": fm.recipe.get("picture"),
+                "size": list(fm.frame.picture),
+                "network_size": fm.recipe.get("size"),
+            }
             for role, fm in (("source", self.source), ("target", self.target))
         }
         return {**pictures, "recipe": recipe, "matches": self.rows()}
@@ -82,12 +86,18 @@ class Matches:
                 writer.writerows(rows)
                 out.write(text.getvalue().encode())
             case ".npz":
-                arrays = {"source_points": self.source_points, "points": self.points, "scores": self.scores}
+                arrays: dict[str, Any] = {
+                    "source_points": self.source_points,
+                    "points": self.points,
+                    "scores": self.scores,
+                }
                 np.savez(out, **{key: value.numpy() for key, value in arrays.items()}, recipe=json.dumps(self.recipe))
             case ".png" | ".jpg" | ".jpeg" | ".webp":
                 self.draw().save(out, {".jpg": "jpeg"}.get(path.suffix.lower(), path.suffix[1:]))
             case other:
-                raise InputError(f"Matches are saved as .json, .csv, .npz, .png, .jpg or .webp, not {other or 'without suffix'}.")
+                raise InputError(
+                    f"Matches are saved as .json, .csv, .npz, .png, .jpg or .webp, not {other or 'without suffix'}."
+                )
         beside = path.with_name(f"{path.name}.{os.getpid()}.part")
         beside.write_bytes(out.getvalue())
         beside.replace(path)

@@ -88,11 +88,15 @@ def _soft_argmax(
 
 def _comparable(source: FeatureMap, target: FeatureMap, force: bool) -> None:
     if source.values.shape[0] != target.values.shape[0]:
-        raise InputError(f"The maps have {source.values.shape[0]} and {target.values.shape[0]} channels; make both alike.")
+        raise InputError(
+            f"The maps have {source.values.shape[0]} and {target.values.shape[0]} channels; make both alike."
+        )
     for key in () if force else _COMPARED:
         one, other = source.recipe.get(key), target.recipe.get(key)
         if one != other:
-            raise InputError(f"The maps were made with different {key} ({one} and {other}); pass force=True if it is meant.")
+            raise InputError(
+                f"The maps were made with different {key} ({one} and {other}); pass force=True if it is meant."
+            )
 
 
 def match(
@@ -141,7 +145,9 @@ def mutual_nearest(
     if metric not in ("cosine", "l2"):
         raise InputError(f"Unknown metric {metric!r}; use 'cosine' or 'l2'.")
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or not len(a) or not len(b):
-        raise InputError(f"Descriptors must be [N, C] and [M, C], not empty; these are {list(a.shape)} and {list(b.shape)}.")
+        raise InputError(
+            f"Descriptors must be [N, C] and [M, C], not empty; these are {list(a.shape)} and {list(b.shape)}."
+        )
     if metric == "cosine":
         a, b = torch.nn.functional.normalize(a, dim=1), torch.nn.functional.normalize(b, dim=1)
     forward, best = [], a.new_full((len(b),), -torch.inf)

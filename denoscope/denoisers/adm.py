@@ -146,8 +146,7 @@ class ADMUNet(nn.Module):
         self.out = nn.Sequential(Norm(channels), nn.SiLU(), nn.Conv2d(channels, config.out_channels, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        dtype = self.time_embed[0].weight.dtype
-        embedding = self.time_embed(timestep_embedding(t, self.config.model_channels).to(dtype))
+        embedding = self.time_embed(timestep_embedding(t, self.config.model_channels).to(x.dtype))
         if labels is not None:
             embedding = embedding + self.label_emb(labels)
         skips = []
@@ -178,7 +177,8 @@ class ADMDenoiser:
     family = "adm"
 
     def __init__(self, unet: ADMUNet, schedule: NoiseSchedule | None = None, *, name: str = "adm"):
-        self.unet, self.name, self.presets = unet, name, {}
+        self.unet, self.name = unet, name
+        self.presets: Mapping[str, Mapping[str, Any]] = {}
         self.schedule = schedule or NoiseSchedule.from_config({"beta_schedule": "linear"})
         self.multiple = self.minimum = 2 ** (len(unet.config.channel_mult) - 1)
         self._sites: list[Site] | None = None

@@ -25,7 +25,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """"auto" is CUDA, then MPS, then the CPU. Raises InputError when the device asked for is not there."""
+    """ "auto" is CUDA, then MPS, then the CPU. Raises InputError when the device asked for is not there."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -82,7 +82,9 @@ def _load_folder(source: str, name: str, device: torch.device, dtype: torch.dtyp
         parts = {"unet": ("diffusers", config.get("_class_name", "an unknown class"))}
     else:
         parts = {key: tuple(value) for key, value in index.items() if isinstance(value, list) and value[0]}
-    network = parts.get("unet", ("", next((parts[k][1] for k in ("transformer", "prior") if k in parts), "no U-Net")))[1]
+    network = parts.get("unet", ("", next((parts[k][1] for k in ("transformer", "prior") if k in parts), "no U-Net")))[
+        1
+    ]
     if network not in ("UNet2DConditionModel", "UNet2DModel"):
         raise InputError(f"{name} is built on {network}; supported are UNet2DConditionModel and UNet2DModel.")
     if "text_encoder_2" in parts:
@@ -102,7 +104,9 @@ def _load_folder(source: str, name: str, device: torch.device, dtype: torch.dtyp
 
     scheduler = _json(source, "scheduler_config.json", "scheduler" if index is not None else "")
     if scheduler is None:
-        raise MissingError(f"{name} has no scheduler_config.json, so its noise levels are unknown; put it beside the model.")
+        raise MissingError(
+            f"{name} has no scheduler_config.json, so its noise levels are unknown; put it beside the model."
+        )
     has_text = "text_encoder" in parts and "tokenizer" in parts
     return UNetDenoiser(
         weights("unet"),
@@ -171,7 +175,8 @@ def _load_adm(path: Path, device: torch.device, dtype: torch.dtype) -> ADMDenois
     fields = ADMConfig.__dataclass_fields__
     if unknown := sorted(set(given) - set(fields)):
         raise InputError(f"{path.with_suffix('.json')}: unknown key {unknown[0]!r}; known are {', '.join(fields)}.")
-    config = ADMConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+    shape: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    config = ADMConfig(**shape)
     denoiser = ADMDenoiser.from_state_dict({k: v.to(dtype) for k, v in state.items()}, config, path.stem)
     denoiser.unet.to(device)
     return denoiser

@@ -37,7 +37,7 @@ class Noise:
             raise InputError(f"Noise must be [members, channels, height, width], not {list(self.diffusion.shape)}.")
         if self.posterior is not None and self.posterior.shape != self.diffusion.shape:
             raise InputError(
-                f"Posterior noise {list(self.posterior.shape)} and diffusion noise {list(self.diffusion.shape)} differ in shape."
+                f"Posterior noise {list(self.posterior.shape)} and diffusion noise {list(self.diffusion.shape)} differ."
             )
 
     @classmethod

@@ -7,7 +7,8 @@ How further families fit without changing it:
   is a diffusers U-Net, so `unet_sites` names its sites; transformer layers with several blocks get `.block.K`.
 - DiT, PixArt, SD3, Flux: `schedule.prediction` is "flow" where they are rectified flows (timesteps stay integers 0..999,
   scaled to the network's own range inside `predict`); packing latents into tokens is part of `predict`; sites are `block.N`
-  (+ `.query`, `.self_map`, …), kind "tokens", with the patch grid as their grid. Pooled embeddings and guidance scalars go to `extra`.
+  (+ `.query`, `.self_map`, …), kind "tokens", with the patch grid as their grid. Pooled embeddings and guidance scalars go
+  to `extra`.
 - Video U-Nets: latents get a frame axis `[batch, channels, frames, height, width]`; nothing here assumes four axes.
 """
 

@@ -56,7 +56,9 @@ def recipe(
     presets: Mapping[str, Any] = {**PRESETS.get(denoiser.family, {}), **denoiser.presets}
     name = preset or "semantic"
     if name not in presets:
-        raise InputError(f"There is no preset {name!r} for {denoiser.name}; choose one of {', '.join(presets or NAMES)}.")
+        raise InputError(
+            f"There is no preset {name!r} for {denoiser.name}; choose one of {', '.join(presets or NAMES)}."
+        )
     given = {"t": t, "site": site, "ensemble": ensemble, "prompt": prompt, "size": size}
     chosen = Recipe(**{**presets[name], **{k: v for k, v in given.items() if v is not None}}, preset=name)
     denoiser.schedule.check(chosen.t)

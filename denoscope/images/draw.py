@@ -246,7 +246,7 @@ def _layer(canvas: Image.Image, box: Box, opacity: float = 1.0) -> Iterator[Pen]
     sheet = Image.new("RGBA", (FINE * (box[2] - box[0]), FINE * (box[3] - box[1])))
     yield ImageDraw.Draw(sheet)
     sheet = sheet.reduce(FINE)
-    canvas.paste(sheet, box[:2], sheet.getchannel("A").point(lambda a: round(a * opacity)))
+    canvas.paste(sheet, box[:2], sheet.getchannel("A").point([round(a * opacity) for a in range(256)]))
 
 
 def _onto(box: Box, frame: Frame, points: Points) -> np.ndarray:

@@ -68,7 +68,7 @@ class Frame:
         x, y = ((a + 0.5) * s + o - 0.5 for a, s, o in zip(axes, self.scale, self.offset, strict=True))
         return x, y
 
-    def inside(self, points: Points) -> Points:
+    def inside(self, points: Any) -> Points:
         """The points, or InputError naming the first that is not finite or lies outside the picture."""
         points = as_points(points)
         w, h = self.picture

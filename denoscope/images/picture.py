@@ -217,7 +217,9 @@ def _from_array(array: np.ndarray, what: str) -> Float[Tensor, "3 height width"]
     return torch.from_numpy(np.ascontiguousarray(np.broadcast_to(colour, (*colour.shape[:2], 3)).transpose(2, 0, 1)))
 
 
-def read_mask(source: str | Path | Image.Image | np.ndarray, size: tuple[int, int]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+def read_mask(
+    source: str | Path | Image.Image | np.ndarray, size: tuple[int, int]
+) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """A boolean mask `[H, W]` from an image (not black = inside), which must have the (width, height) of its picture."""
     inside = read(source).pixels.amax(0).numpy() > 0.5
     if inside.shape[::-1] != size:

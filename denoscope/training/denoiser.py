@@ -14,7 +14,9 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -78,7 +80,7 @@ def build(config: DenoiserConfig, words: list[str]) -> tuple[Denoising, PreTrain
         down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends),
         up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
         # diffusers reads attention_head_dim as the number of heads per level
-        attention_head_dim=tuple(max(1, channels // config.head_dim) for channels in config.channels),
+        attention_head_dim=tuple(max(1, channels // config.head_dim) for channels in config.channels),  # pyright: ignore[reportArgumentType]
         cross_attention_dim=config.text_dim,
         norm_num_groups=min(32, min(config.channels) // 2),
         use_linear_projection=True,
@@ -100,7 +102,7 @@ def build(config: DenoiserConfig, words: list[str]) -> tuple[Denoising, PreTrain
     scheduler = DDIMScheduler(
         num_train_timesteps=1000,
         beta_schedule=config.beta_schedule,
-        prediction_type=config.prediction,
+        prediction_type=config.prediction,  # pyright: ignore[reportArgumentType]
         clip_sample=True,
         set_alpha_to_one=True,
         steps_offset=0,
@@ -145,17 +147,23 @@ def samples(
     scheduler.set_timesteps(25, device=device)
     for t in scheduler.timesteps:
         conditional, unconditional = model(torch.cat([x, x]), t, both).float().chunk(2)
-        x = scheduler.step(unconditional + guidance * (conditional - unconditional), t, x, return_dict=False)[0]
+        guided = unconditional + guidance * (conditional - unconditional)
+        x = scheduler.step(guided, t, x, return_dict=False)[0]  # pyright: ignore[reportArgumentType]
     rows = x.clamp(-1, 1).unflatten(0, (prompts, 4)).permute(0, 3, 1, 4, 2).reshape(prompts * size, 4 * size, 3)
     return Image.fromarray(((rows + 1) * 127.5).round().byte().cpu().numpy())
 
 
 def save(folder: Path, model: Denoising, tokenizer: PreTrainedTokenizerFast, scheduler: DDIMScheduler) -> None:
-    """Write a diffusers folder: fp16 safetensors in files of at most 16 MB, written beside and then renamed."""
+    """Write a diffusers folder: safetensors in files of at most 16 MB, the U-Net in fp16, beside and then renamed."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    half = UNet2DConditionModel(**model.unet.config)
+    half.load_state_dict(model.unet.state_dict())
     beside = folder.with_name(folder.name + ".part")
     shutil.rmtree(beside, ignore_errors=True)
-    model.unet.save_pretrained(beside / "unet", max_shard_size="15MB", variant=None)
-    model.text_encoder.save_pretrained(beside / "text_encoder")
+    half.half().save_pretrained(beside / "unet", max_shard_size="15MB")
+    # float32, because transformers loads what is stored and diffusers float32 unless told otherwise
+    model.text_encoder.float().save_pretrained(beside / "text_encoder")
     tokenizer.save_pretrained(beside / "tokenizer")
     scheduler.save_pretrained(beside / "scheduler")
     index = {
@@ -208,8 +216,10 @@ def train_denoiser(
     accelerator = Accelerator(cpu=cpu, mixed_precision=precision)
     draws = Draws(config, data)
     model, tokenizer, scheduler = build(config, draws.words())
-    model.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), config.lr, (0.9, 0.99), weight_decay=config.weight_decay)
+    model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    optimizer = torch.optim.AdamW(
+        model.parameters(), config.lr, (0.9, 0.99), weight_decay=config.weight_decay, fused=True
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate(config))
     average = EMAModel(model.parameters(), decay=config.ema, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -221,6 +231,7 @@ def train_denoiser(
         accelerator.load_state(str(found[-1]))
         step = int(found[-1].name.rpartition("-")[2])
         schedule.lr_lambdas = [rate(config)]
+    _forget_after(step, out / "loss.csv")
 
     def tokens(prompts: list[str]) -> Tensor:
         encoded = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
@@ -247,7 +258,9 @@ def train_denoiser(
         step += 1
         value = value.item()
         if not math.isfinite(value):
-            raise InputError(f"The loss is {value} at step {step}; lower lr, the last checkpoint in {out} is still good.")
+            raise InputError(
+                f"The loss is {value} at step {step}; lower lr, the last checkpoint in {out} is still good."
+            )
         seconds, started = time.perf_counter() - started, time.perf_counter()
         report(step, value, seconds)
         with (out / "loss.csv").open("a") as log:
@@ -259,19 +272,20 @@ def train_denoiser(
             bare = accelerator.unwrap_model(model)
             sheet = samples(bare, scheduler, tokens(list(config.sample_prompts)), tokens([""]), config.size)
             sheet.save(out / f"samples-{step:07d}.png")
-            save(out / "model", _half(bare), tokenizer, scheduler)
+            save(out / "model", bare, tokenizer, scheduler)
             average.restore(model.parameters())
         if last or step % config.checkpoint_every == 0:
             _checkpoint(accelerator, out, step)
     return out / "model"
 
 
-def _half(model: Denoising) -> Denoising:
-    """A float16 copy for storing."""
-    unet, text_encoder = UNet2DConditionModel(**model.unet.config), CLIPTextModel(model.text_encoder.config)
-    half = Denoising(unet, text_encoder)
-    half.load_state_dict(model.state_dict())
-    return half.half()
+def _forget_after(step: int, log: Path) -> None:
+    """Drop the rows of steps that were taken after the checkpoint and will be taken again."""
+    if log.exists():
+        kept = [row for row in log.read_text().splitlines(True) if int(row.split(",")[0]) <= step]
+        beside = log.with_suffix(".part")
+        beside.write_text("".join(kept))
+        beside.rename(log)
 
 
 def _same_config(config: DenoiserConfig, out: Path) -> None:

@@ -1,0 +1,52 @@
+"""`denoscope demo`: the main job on photos that come with the package."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from denoscope.cli import options
+from denoscope.cli.match import write_image
+
+PHOTOS = Path(__file__).parent.parent / "photos"
+
+
+def demo(
+    model: options.Model = "seedling",
+    device: options.Device = "auto",
+    out: Annotated[Path, typer.Option(help="Folder for the pictures and numbers.")] = Path("out/demo"),
+) -> None:
+    """Match points between real photos with the embedded model, and say how far off they are."""
+    import denoscope as ds
+    from denoscope.images import as_points
+    from denoscope.images.draw import contact_sheet
+
+    console, denoiser = Console(), ds.load(model, device)
+    out.mkdir(parents=True, exist_ok=True)
+    for pair in json.loads((PHOTOS / "pairs.json").read_text()):
+        source, target = (ds.read(PHOTOS / pair[role]) for role in ("source", "target"))
+        matches = ds.match(denoiser, source, target, pair["source_points"], prompt=pair["prompt"])
+        truth = as_points(pair["target_points"])
+        errors = (matches.points - truth).norm(dim=1)
+        extent = (truth.amax(0) - truth.amin(0)).max().item()
+        table = Table(title=f"{pair['source']} to {pair['target']}", title_justify="left", box=None, pad_edge=False)
+        for column in ("#", "part", "found x, y", "cosine", "off by, px", "of extent"):
+            table.add_column(column, justify="left" if column == "part" else "right")
+        for row, part, error in zip(matches.rows(), pair["parts"], errors.tolist(), strict=True):
+            where = f"{row['x']:g}, {row['y']:g}"
+            table.add_row(
+                str(row["index"]), part, where, f"{row['score']:.3f}", f"{error:.1f}", f"{error / extent:.0%}"
+            )
+        console.print(table)
+        right = errors / extent <= 0.1
+        console.print(f"{int(right.sum())} of {len(right)} within 10 % of the extent of the points.\n", highlight=False)
+        write_image(matches.draw(correct=right), out / f"{pair['name']}.png")
+        write_image(matches.draw(heat=True), out / f"{pair['name']}_heat.png")
+        write_image(
+            contact_sheet([matches.source.pca(), matches.target.pca()], side=320), out / f"{pair['name']}_pca.png"
+        )
+        matches.save(out / f"{pair['name']}.json")
+    console.print(f"Pictures and numbers: {out}", highlight=False, soft_wrap=True)

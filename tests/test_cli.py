@@ -1,0 +1,202 @@
+"""The command line as a user meets it: files written, tables printed, mistakes in one sentence with exit status 2."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import GOLDEN, smooth_picture
+from PIL import Image
+
+import denoscope as ds
+from denoscope.cli.main import main
+from denoscope.cli.options import parse_points
+
+PIPELINE = str(GOLDEN / "dift-sd" / "pipeline")
+QUICK = ["--size", "64", "--ensemble", "1"]
+COMMAND = [sys.executable, "-c", "from denoscope.cli.main import main; main()"]
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Run the command in this process: (exit status, stdout, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["denoscope", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        status = 0
+        try:
+            main()
+        except SystemExit as stopped:
+            status = stopped.code or 0
+        out = capsys.readouterr()
+        return status, out.out, out.err
+
+    return call
+
+
+@pytest.fixture
+def photos(tmp_path):
+    paths = [tmp_path / f"{name}.png" for name in ("one", "two", "three")]
+    for i, path in enumerate(paths):
+        smooth_picture(i, 72, 56).image().save(path)
+    return paths
+
+
+def test_match_writes_a_picture_and_every_number(run, photos, tmp_path):
+    options = ["--points", "10,20;60,40", "-m", PIPELINE, "--prompt", "a photo of a cat", "--mutual", "--seed", 3]
+    status, out, _ = run("match", *photos[:2], *options, *QUICK, "--out", tmp_path / "o")
+    assert status == 0
+    assert str(tmp_path / "o" / "matches.png") in out
+    saved = json.loads((tmp_path / "o" / "matches.json").read_text())
+    settings = {"prompt": "a photo of a cat", "size": 64, "ensemble": 1, "seed": 3}
+    same = ds.match(ds.load(PIPELINE), *photos[:2], [[10, 20], [60, 40]], cycle=True, **settings)
+    assert saved["matches"] == same.rows()
+    assert saved["recipe"]["t"] == 261
+    assert saved["source"]["path"] == str(photos[0])
+    assert ds.read(tmp_path / "o" / "matches.png").width > 500
+    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["matches.json", "matches.png"]
+
+
+def test_match_many_targets_grids_and_masks(run, photos, tmp_path):
+    out, model = tmp_path / "o", ["-m", PIPELINE, *QUICK]
+    assert run("match", *photos, "--grid", 3, "--out", out, *model)[0] == 0
+    saved = json.loads((out / "matches.json").read_text())
+    assert [len(one["matches"]) for one in saved] == [9, 9]
+    mask = Image.new("L", (72, 56))
+    mask.paste(255, (30, 20, 50, 40))
+    mask.save(tmp_path / "mask.png")
+    options = ["--mask", tmp_path / "mask.png", "--grid", 4, "--heat", "--soft", 1]
+    assert run("match", *photos[:2], *options, "--out", out, *model)[0] == 0
+    rows = json.loads((out / "matches.json").read_text())["matches"]
+    assert len(rows) == 16
+    assert all(30 <= row["source_x"] < 50 and 20 <= row["source_y"] < 40 for row in rows)
+
+
+def test_features_are_saved_and_not_made_twice(run, photos, tmp_path):
+    out, options = tmp_path / "o", ["--out", tmp_path / "o", "-m", PIPELINE, *QUICK, "--site", "up.0"]
+    status, printed, _ = run("features", tmp_path, *options)
+    assert status == 0
+    assert "3 of 3 pictures: 24 channels, e.g. 2x2 cells" in printed
+    fm = ds.FeatureMap.load(out / "one.safetensors")
+    again = ds.features(ds.load(PIPELINE), photos[0], size=64, ensemble=1, site="up.0")
+    assert (fm.values - again.values).abs().max() < 1e-6
+    assert ds.read(out / "one.png").size == (72, 56)
+    times = {p: p.stat().st_mtime_ns for p in out.glob("*.safetensors")}
+    assert run("features", *photos, *options)[0] == 0
+    assert times == {p: p.stat().st_mtime_ns for p in times}
+    assert run("features", *photos, *options, "--seed", 1)[0] == 0
+    assert all(p.stat().st_mtime_ns > before for p, before in times.items())
+
+
+def test_features_go_on_past_a_broken_picture(run, photos, tmp_path):
+    photos[1].write_bytes(b"nothing")
+    status, out, err = run("features", *photos, "--out", tmp_path / "o", "-m", PIPELINE, *QUICK)
+    assert status == 2
+    assert "2 of 3 pictures" in out
+    assert "1 of 3 pictures failed" in err
+    assert "two.png is not an image" in err
+
+
+def test_models_lists_sites(run):
+    status, out, _ = run("models")
+    assert status == 0
+    assert "seedling" in out
+    status, out, _ = run("models", PIPELINE)
+    assert status == 0
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.startswith(("up", "down", "mid"))}
+    assert rows["up.1"] == ["block", "24", "16"]
+    assert "up.1.attn.0.query" not in rows
+    _, out, _ = run("models", PIPELINE, "--sites")
+    assert "up.1.attn.0.cross_map" in out
+
+
+def test_demo_on_the_embedded_model(run, tmp_path):
+    status, out, _ = run("demo", "--out", tmp_path / "o")
+    assert status == 0
+    assert "collins.jpg to hopper.jpg" in out
+    for name in ("faces.png", "faces_heat.png", "faces_pca.png", "faces.json", "cat.png", "cat.json"):
+        assert (tmp_path / "o" / name).stat().st_size > 500
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["match", "ONE", "TWO"], "Say which points"),
+        (["match", "ONE", "TWO", "--points", "1,2", "--grid", 3], "either --points"),
+        (["match", "ONE", "TWO", "--points", "one,two"], "not understood"),
+        (["match", "ONE", "TWO", "--points", ";"], "no points"),
+        (["match", "ONE", "TWO", "--points", "1,2,3"], "two numbers"),
+        (["match", "ONE", "TWO", "--points", "nan,2"], "Point 0"),
+        (["match", "ONE", "TWO", "--points", "100,20"], "outside the picture of 72x56"),
+        (["match", "ONE", "TWO", "--points", "none.json"], "no points file"),
+        (["match", "ONE", "none.png", "--grid", 2], "no file none.png"),
+        (["match", "ONE", "TWO", "--grid", 2, "--model", "no-such-model"], "no model 'no-such-model'"),
+        (["match", "ONE", "TWO", "--grid", 2, "--t", 1000], "not in [0, 1000)"),
+        (["match", "ONE", "TWO", "--grid", 2, "--site", "up.8"], "no site 'up.8'"),
+        (["match", "ONE", "TWO", "--grid", 2, "--device", "quantum"], "Device 'quantum'"),
+        (["match", "ONE", "TWO", "--grid", 2, "--dtype", "int8"], "'int8' is not a floating-point type"),
+        (["features", "EMPTY"], "holds no images"),
+        (["train", "denoiser", "none.toml"], "no training configuration"),
+    ],
+)
+def test_mistakes_are_one_sentence(run, photos, tmp_path, arguments, sentence):
+    (tmp_path / "empty").mkdir()
+    places = {"ONE": photos[0], "TWO": photos[1], "EMPTY": tmp_path / "empty"}
+    given = [places.get(a, a) for a in arguments]
+    model = [] if "--model" in given or given[0] == "train" else ["--model", PIPELINE]
+    status, out, err = run(*given, *model, "--out", tmp_path / "o")
+    assert status == 2
+    assert sentence in err
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_the_traceback_is_there_when_asked_for(run, photos, tmp_path):
+    with pytest.raises(ds.InputError):
+        run("--debug", "match", photos[0], photos[1], "--points", "x", "--out", tmp_path)
+
+
+def test_points_come_from_text_and_files(tmp_path):
+    files = {
+        "a.json": "[[1, 2.5], [30, 4]]",
+        "b.json": '{"points": [[1, 2.5], [30, 4]]}',
+        "c.csv": "x,y\n1,2.5\n30,4\n",
+        "d.csv": "1,2.5\n30,4\n",
+        "e.csv": "name,y,x\nnose,2.5,1\near,4,30\n",
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    for text in ("1,2.5;30,4", " 1 , 2.5 ; 30,4 ;", *[str(tmp_path / name) for name in files]):
+        assert parse_points(text) == [(1.0, 2.5), (30.0, 4.0)]
+    for name, content in {"f.json": "[1, 2", "g.json": '{"spots": []}', "h.csv": "x,y\n1,up\n", "i.csv": "3\n"}.items():
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ds.InputError, match=name):
+            parse_points(str(tmp_path / name))
+
+
+def test_the_command_starts_without_waiting_for_torch():
+    program = "import sys, denoscope.cli.main; print('torch' in sys.modules)"
+    assert subprocess.run([*COMMAND[:2], program], capture_output=True, text=True, check=True).stdout.strip() == "False"
+    version = subprocess.run([*COMMAND, "--version"], capture_output=True, text=True, check=True)
+    assert version.stdout.strip() == ds.__version__
+
+
+def test_ctrl_c_leaves_nothing_half_done(tmp_path):
+    photo, out = tmp_path / "a.png", tmp_path / "o"
+    smooth_picture(0).image().save(photo)
+    options = ["--grid", "2", "-m", PIPELINE, "--ensemble", "100000", "--size", "64", "--out", str(out)]
+    process = subprocess.Popen(
+        [*COMMAND, "match", str(photo), str(photo), *options],
+        stderr=subprocess.PIPE,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+    time.sleep(8)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert b"Traceback" not in err
+    assert not out.exists()
