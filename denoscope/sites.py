@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -95,7 +95,7 @@ class Watch(AbstractContextManager):
         taken, self.seen = self.seen, {}
         return taken
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Watch":
         try:
             for site in self.sites:
                 _READERS[site.kind](self, site)

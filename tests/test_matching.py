@@ -165,7 +165,7 @@ def test_mistakes_are_named():
     with pytest.warns(UserWarning, match="zero length"):
         ds.transfer(ds.FeatureMap(torch.zeros(12, 5, 7), one.frame), one, [[1, 1]])
     with pytest.raises(ds.InputError, match="'cosine' or 'l2'"):
-        ds.mutual_nearest(torch.ones(2, 2), torch.ones(2, 2), "l1")  # pyright: ignore[reportArgumentType]
+        ds.mutual_nearest(torch.ones(2, 2), torch.ones(2, 2), "l1")
     with pytest.raises(ds.InputError, match="not empty"):
         ds.mutual_nearest(torch.ones(0, 2), torch.ones(2, 2))
 

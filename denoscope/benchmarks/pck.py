@@ -38,7 +38,7 @@ class Pair:
         return (predicted - self.target_points).norm(dim=1) / self.threshold(kind) <= alpha
 
 
-def pck(correct: list[Bool[Tensor, " points"]]) -> tuple[float, float]:
+def pck(correct: list[Bool[Tensor, " _"]]) -> tuple[float, float]:
     """(per image, per point) in percent: mean over pairs of the share right in a pair, and share over all points."""
     per_image = torch.stack([one.double().mean() for one in correct]).mean()
     return 100 * per_image.item(), 100 * torch.cat(correct).double().mean().item()

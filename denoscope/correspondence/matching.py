@@ -1,8 +1,7 @@
 """Point transfer and mutual nearest neighbours on feature maps (DIFT, arXiv 2306.03881, sections 5.1 and 5.2)."""
 
 import warnings
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,7 +11,7 @@ from denoscope.correspondence.matches import Matches
 from denoscope.denoisers.protocol import Denoiser
 from denoscope.errors import InputError
 from denoscope.features import FeatureMap, features
-from denoscope.images import Points, read
+from denoscope.images import Points, PointsLike, read
 
 TIE = 1e-6  # cosines this close to the best are ties, broken by row-major order; float noise must not decide
 _SCORES_AT_ONCE = 1 << 24  # cosines held at a time (64 MiB)
@@ -22,7 +21,7 @@ _COMPARED = ("model", "t", "site")
 def transfer(
     source: FeatureMap,
     target: FeatureMap,
-    points: Points | Sequence[Sequence[float]],
+    points: PointsLike,
     soft_window: float = 0.0,
     temperature: float = 0.02,
     cycle: bool = False,
@@ -103,7 +102,7 @@ def match(
     denoiser: Denoiser,
     source: Any,
     target: Any,
-    points: Points | Sequence[Sequence[float]],
+    points: PointsLike,
     *,
     soft_window: float = 0.0,
     temperature: float = 0.02,
@@ -135,7 +134,7 @@ class Mutual(NamedTuple):
 def mutual_nearest(
     a: Float[Tensor, "n channels"],
     b: Float[Tensor, "m channels"],
-    metric: Literal["cosine", "l2"] = "cosine",
+    metric: str = "cosine",
     chunk: int = 4096,
 ) -> Mutual:
     """Mutual nearest neighbours of two sets of descriptors, `chunk` rows of the score matrix at a time.

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from denoscope.errors import InputError, MissingError
-from denoscope.images import Frame, Picture, Points, read
+from denoscope.images import Frame, Picture, PointsLike, read
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +40,7 @@ class FeatureMap:
         path = self.recipe.get("picture")
         return self.source or (read(path) if path and Path(path).is_file() else None)
 
-    def at(self, points: Points) -> Float[Tensor, "points channels"]:
+    def at(self, points: PointsLike) -> Float[Tensor, "points channels"]:
         """Interpolated features at picture points; InputError for points outside."""
         cells = self.frame.to_grid(self.frame.inside(points)).to(self.values.device, torch.float32)
         (x0, x1, u), (y0, y1, v) = (_corners(cells[:, axis], self.frame.grid[axis]) for axis in (0, 1))

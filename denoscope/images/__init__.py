@@ -1,6 +1,17 @@
 """Pictures, clips, coordinates, and drawing."""
 
-from denoscope.images.frame import Frame, Points, as_points, grid_points
+from denoscope.images.frame import Frame, Points, PointsLike, as_points, grid_points
 from denoscope.images.picture import Clip, Picture, read, read_clip, read_mask
 
-__all__ = ["Clip", "Frame", "Picture", "Points", "as_points", "grid_points", "read", "read_clip", "read_mask"]
+__all__ = [
+    "Clip",
+    "Frame",
+    "Picture",
+    "Points",
+    "PointsLike",
+    "as_points",
+    "grid_points",
+    "read",
+    "read_clip",
+    "read_mask",
+]

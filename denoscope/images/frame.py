@@ -5,9 +5,11 @@ Points are (x, y) in pixels of the user's own picture; the centre of the top-lef
 `q = scale * (p + 0.5) + offset - 0.5`.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -15,6 +17,7 @@ from torch import Tensor
 from denoscope.errors import InputError
 
 Points = Float[Tensor, "points 2"]
+PointsLike = Tensor | np.ndarray | Sequence[Any]  # (x, y) pairs as people have them
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Frame:
         x, y = ((a + 0.5) * s + o - 0.5 for a, s, o in zip(axes, self.scale, self.offset, strict=True))
         return x, y
 
-    def inside(self, points: Any) -> Points:
+    def inside(self, points: PointsLike) -> Points:
         """The points, or InputError naming the first that is not finite or lies outside the picture."""
         points = as_points(points)
         w, h = self.picture
@@ -89,7 +92,7 @@ class Frame:
         return cls(**{key: tuple(value) for key, value in values.items()})
 
 
-def as_points(points: Any) -> Points:
+def as_points(points: PointsLike) -> Points:
     """Any list, array or tensor of (x, y) as float64 `[N, 2]`; InputError when it is empty or not pairs."""
     try:
         tensor = torch.as_tensor(points, dtype=torch.float64).cpu()

@@ -55,7 +55,7 @@ def dev_pairs(root: Path, name: str, count: int, seed: int = 0) -> list[tuple[Pa
                 left, top = rng.randint(0, side - 128), rng.randint(0, side - 128)
                 pad = ((top, side - 128 - top), (left, side - 128 - left), (0, 0))
                 image = Image.fromarray(np.pad(np.asarray(image), pad, mode="symmetric"))
-                points = points + [left, top]
+                points = points + np.array([left, top])
             inside = ((points >= 0) & (points <= np.array(image.size) - 1)).all(1)
             sides.append((ds.read(image), points, visible & inside))
         both = sides[0][2] & sides[1][2]
@@ -112,7 +112,11 @@ def sweep(arguments: argparse.Namespace) -> None:
             table = np.array(
                 [
                     [
-                        next(r["pck"] for r in results if (r["set"], r["size"], r["t"], r["site"]) == (name, size, t, site))
+                        next(
+                            r["pck"]
+                            for r in results
+                            if (r["set"], r["size"], r["t"], r["site"]) == (name, size, t, site)
+                        )
                         for t in arguments.t
                     ]
                     for site in arguments.sites
