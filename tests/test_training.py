@@ -17,7 +17,7 @@ import denoscope as ds
 from denoscope.training import DenoiserConfig, read_denoiser_config, train_denoiser
 from denoscope.training.config import Source
 from denoscope.training.data import Draws, read_source
-from denoscope.training.denoiser import rate, word_tokenizer
+from denoscope.training.denoiser import alignment, rate, word_tokenizer
 
 TINY = DenoiserConfig(
     sources=[Source("birds.parquet", "{label} bird", 2.0), Source("folder", labels={"old_cars": "old car"})],
@@ -143,3 +143,63 @@ def test_missing_data_is_named(tmp_path, data):
     pq.write_table(pa.table({"picture": [1]}), data / "birds.parquet")
     with pytest.raises(ds.InputError, match="no column 'img'"):
         read_source(TINY.sources[0], data)
+
+
+ALIGNED = dataclasses.replace(TINY, align=0.5, align_after=2, align_share=0.5, align_points=16)
+
+
+def test_two_views_show_the_same_points(data):
+    """Where both views look at a ramp, the same point has the same value in both."""
+    ramp = np.broadcast_to(np.linspace(0, 255, 64).astype(np.uint8)[None, :, None], (64, 64, 3))
+    draws = Draws(dataclasses.replace(ALIGNED, align_share=1.0, align_after=0), data)
+    draws.shares = np.ones(1)
+    draws.sources = [[type(draws.sources[0][0])(ds.read(np.ascontiguousarray(ramp)).image(), "grey ramp")]]
+    moved = 0
+    for pair in range(20):
+        one, two = draws[2 * pair], draws[2 * pair + 1]
+        assert one.kind == two.kind == "ramp"
+        assert len(one.points) == 16
+        assert one.points.abs().max() <= 1
+        assert max(one.timestep, two.timestep) < ALIGNED.align_t
+        boxes = []
+        for view in (
+            one,
+            two,
+        ):  # recover the affine map from x in the view to position on the ramp, up to colour changes
+            grey = view.pixels.mean(0).mean(0)
+            boxes.append(
+                torch.nn.functional.grid_sample(
+                    grey[None, None, None], view.points[None, None] * torch.tensor([1, 0]), align_corners=False
+                )
+            )
+        values = torch.cat(boxes).squeeze()
+        order = [torch.corrcoef(torch.stack([v, values[0].flatten()]))[0, 1].item() for v in values.flatten(1)]
+        assert order[1] > 0.97
+        moved += int(not torch.equal(one.points, two.points))
+    assert moved > 10
+
+
+def test_alignment_loss_prefers_features_that_correspond():
+    generator = torch.Generator().manual_seed(0)
+    points = torch.rand(4, 32, 2, generator=generator) * 1.6 - 0.8
+    points[1], points[3] = points[0], points[2]
+    noise = torch.randn(2, 8, 16, 16, generator=generator)
+    same = noise.repeat_interleave(2, 0)  # both views of a pair look alike
+    shuffled = torch.stack([noise[0], noise[1], noise[1], noise[0]])
+    assert alignment(same, points, ["a"] * 2 + ["b"] * 2) < 0.7 * alignment(shuffled, points, ["a"] * 2 + ["b"] * 2)
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 16), torch.linspace(-1, 1, 16), indexing="ij")
+    code = torch.cat([torch.stack([torch.sin(k * v), torch.cos(k * v)]) for v in (x, y) for k in (1.5, 3)])
+    shared = alignment(code.expand(4, -1, -1, -1), points, ["a"] * 4)  # the same code in all pictures survives exchange
+    own = torch.stack([code, code, code.flip(0), code.flip(0)])
+    assert shared < alignment(own, points, ["a"] * 4) - 0.2
+
+
+def test_aligned_training_resumes_exactly(data, tmp_path):
+    train_denoiser(ALIGNED, tmp_path / "straight", data, device="cpu")
+    train_denoiser(dataclasses.replace(ALIGNED, steps=2), tmp_path / "halves", data, device="cpu")
+    train_denoiser(ALIGNED, tmp_path / "halves", data, device="cpu")
+    assert losses(tmp_path / "straight") == losses(tmp_path / "halves")
+    plain = dataclasses.replace(ALIGNED, align=0.0)
+    train_denoiser(plain, tmp_path / "plain", data, device="cpu")
+    assert losses(tmp_path / "plain")[:2] == losses(tmp_path / "straight")[:2]
+    assert losses(tmp_path / "plain")[2:] != losses(tmp_path / "straight")[2:]

@@ -36,6 +36,9 @@ class DenoiserConfig:
     drop: share of examples whose prompt is dropped, so that the empty prompt means "anything".
     warmup, decay: steps of linear warm-up; share of all steps over which the rate falls linearly to zero at the end
         (so a stopped run continues with more steps and loses nothing).
+    align: weight of the alignment loss (see `denoiser.alignment`) on the activation `align_site`; 0 trains a plain denoiser.
+        It begins after `align_after` steps; from then on examples come as two views of one picture, `align_share` of them
+        with strong colour changes, timesteps below `align_t` and `align_points` points to be found again.
     """
 
     sources: list[Source]
@@ -58,6 +61,12 @@ class DenoiserConfig:
     warmup: int = 200
     decay: float = 0.3
     ema: float = 0.999
+    align: float = 0.0
+    align_site: str = "up.1"
+    align_after: int = 0
+    align_share: float = 0.75
+    align_t: int = 250
+    align_points: int = 64
     seed: int = 0
     workers: int = 0
     checkpoint_every: int = 200
@@ -97,6 +106,7 @@ def read_denoiser_config(path: str | Path) -> DenoiserConfig:
         "prediction must be 'epsilon' or 'v_prediction'": config.prediction in ("epsilon", "v_prediction"),
         "scale must be two shares with 0 < low <= high <= 1": 0 < config.scale[0] <= config.scale[-1] <= 1,
         "drop and decay must lie in [0, 1]": 0 <= config.drop <= 1 and 0 <= config.decay <= 1,
+        "batch must be even when align is on": config.align == 0 or config.batch % 2 == 0,
         "steps and batch must be at least 1": config.steps >= 1 and config.batch >= 1,
         "every source weight must be positive": all(s.weight > 0 for s in config.sources),
     }

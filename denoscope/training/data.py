@@ -57,12 +57,18 @@ def _phrase(source: Source, label: str) -> str:
 
 
 class Draw(NamedTuple):
-    """pixels in [-1, 1], noise of the same shape, timestep in [0, 1000), prompt."""
+    """pixels in [-1, 1], noise of the same shape, timestep in [0, 1000), prompt; for the alignment loss the same points of
+    the picture in this view, in [-1, 1] from border to border (none in plain examples), and the kind of thing shown."""
 
     pixels: Float[Tensor, "3 size size"]
     noise: Float[Tensor, "3 size size"]
     timestep: int
     prompt: str
+    points: Float[Tensor, "points 2"]
+    kind: str
+
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
 
 class Draws(Dataset):
@@ -79,21 +85,61 @@ class Draws(Dataset):
 
     def __getitem__(self, n: int) -> Draw:
         rng = np.random.default_rng([self.config.seed, n])
+        if self.config.align and n >= self.config.align_after * self.config.batch:
+            return self._view(rng, np.random.default_rng([self.config.seed, n // 2, 1]), n % 2)
+        example = self._example(rng)
+        box, flip = self._crop(rng, example.image.size), rng.random() < 0.5
+        return self._draw(rng, example, box, flip, self.timesteps, torch.empty(0, 2))
+
+    def _view(self, rng: np.random.Generator, pair: np.random.Generator, which: int) -> Draw:
+        """One of two views of a picture; `pair` makes the choices that both share.
+
+        Both are mirrored or neither is: a left eye must not become a right eye.
+        """
+        example, flip = self._example(pair), pair.random() < 0.5
+        if pair.random() >= self.config.align_share:
+            box = self._crop(rng, example.image.size)
+            return self._draw(rng, example, box, flip, self.timesteps, torch.empty(0, 2))
+        boxes = [self._crop(pair, example.image.size)] * 2
+        for _ in range(10):
+            other = self._crop(pair, example.image.size)
+            left, top, right, bottom = _common(boxes[0], other)
+            if right - left > 0.3 * (other[2] - other[0]) and bottom - top > 0.3 * (other[3] - other[1]):
+                boxes = [boxes[0], other]
+                break
+        left, top, right, bottom = _common(*boxes)
+        points = pair.uniform((left, top), (right, bottom), (self.config.align_points, 2))
+        low, high = np.array(boxes[which][:2]), np.array(boxes[which][2:])
+        points = 2 * (points - low) / (high - low) - 1
+        if flip:
+            points[:, 0] *= -1
+        return self._draw(rng, example, boxes[which], flip, self.config.align_t, torch.from_numpy(points).float())
+
+    def _example(self, rng: np.random.Generator) -> Example:
         examples = self.sources[rng.choice(len(self.sources), p=self.shares)]
-        image, phrase = examples[rng.integers(len(examples))]
-        size = self.config.size
-        pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=self._crop(rng, image.size)))
-        if rng.random() < 0.5:
+        return examples[rng.integers(len(examples))]
+
+    def _draw(
+        self, rng: np.random.Generator, example: Example, box: Box, flip: bool, timesteps: int, points: Tensor
+    ) -> Draw:
+        image, size = example.image, self.config.size
+        pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+        if flip:
             pixels = pixels[:, ::-1]
         noise = rng.standard_normal((3, size, size), dtype=np.float32)
+        pixels = pixels.transpose(2, 0, 1) / np.float32(127.5) - 1
+        if len(points):
+            pixels = _recoloured(rng, pixels)
         return Draw(
-            torch.from_numpy(pixels.transpose(2, 0, 1) / np.float32(127.5) - 1),
+            torch.from_numpy(np.ascontiguousarray(pixels)),
             torch.from_numpy(noise),
-            int(rng.integers(self.timesteps)),
-            self._prompt(rng, phrase),
+            int(rng.integers(timesteps)),
+            self._prompt(rng, example.phrase),
+            points,
+            example.phrase.split()[-1] if example.phrase else "",
         )
 
-    def _crop(self, rng: np.random.Generator, size: tuple[int, int]) -> tuple[float, float, float, float]:
+    def _crop(self, rng: np.random.Generator, size: tuple[int, int]) -> Box:
         """A random box of `scale` of the image area with an aspect ratio of 3/4 to 4/3, as (left, top, right, bottom)."""
         (w, h), (low, high) = size, self.config.scale
         area, aspect = rng.uniform(low, high) * w * h, np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
@@ -112,3 +158,17 @@ class Draws(Dataset):
         """Every word that a prompt can hold, sorted."""
         phrases = {example.phrase for examples in self.sources for example in examples}
         return sorted({word for text in [*phrases, *ARTICLES] for word in text.replace("{}", "").split()})
+
+
+def _common(one: Box, other: Box) -> Box:
+    return max(one[0], other[0]), max(one[1], other[1]), min(one[2], other[2]), min(one[3], other[3])
+
+
+def _recoloured(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
+    """Other gains, brightness and sometimes swapped or no colours; at low noise levels a denoiser does not mind."""
+    if rng.random() < 0.2:
+        pixels = np.broadcast_to(pixels.mean(0, keepdims=True), pixels.shape)
+    elif rng.random() < 0.2:
+        pixels = pixels[rng.permutation(3)]
+    gains, shift = np.exp(rng.uniform(-0.35, 0.35, (3, 1, 1))), rng.uniform(-0.2, 0.2)
+    return (pixels * gains + shift).clip(-1, 1).astype(np.float32)

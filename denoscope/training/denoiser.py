@@ -10,7 +10,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from torch.utils.data import DataLoader
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from denoscope.errors import InputError
+from denoscope.sites import Skeleton, Watch, unet_sites
 from denoscope.training.config import DenoiserConfig
 from denoscope.training.data import Draws
 
@@ -118,11 +120,49 @@ def loss(
     timesteps: Tensor,
     tokens: Tensor,
 ) -> Float[Tensor, ""]:
-    """Mean squared error of what the network is trained to predict (epsilon or v), at uniform timesteps."""
+    """Mean squared error of what the network is trained to predict (epsilon or v)."""
     noisy = scheduler.add_noise(pixels, noise, timesteps)  # pyright: ignore[reportArgumentType]
     v = scheduler.config["prediction_type"] == "v_prediction"
     target = scheduler.get_velocity(pixels, noise, timesteps) if v else noise  # pyright: ignore[reportArgumentType]
     return nn.functional.mse_loss(model(noisy, timesteps, tokens).float(), target)
+
+
+def alignment(
+    features: Float[Tensor, "views channels height width"],
+    points: Float[Tensor, "views points 2"],
+    kinds: Sequence[str],
+    temperature: float = 0.07,
+    sigma: float = 0.12,
+) -> Float[Tensor, ""]:
+    """How badly points are found again between two views of a picture, directly and by way of another picture.
+
+    Views 2i and 2i + 1 show one picture; `points` are the same places in both. Every point of the first view must be nearest,
+    by cosine, to itself in the second (cross-entropy over the points; neighbours within `sigma` of the picture share the
+    target). In half of the loss the feature is first replaced by what answers to it in another picture of the same kind
+    (descriptor vector exchange, Thewlis, Albanie, Bilen and Vedaldi, arXiv 1908.06427), so that it must mean the same there.
+    """
+    unit = nn.functional.normalize(features.float(), dim=1)
+    at = nn.functional.grid_sample(features.float(), points[:, None], align_corners=False, padding_mode="border")
+    a, b = nn.functional.normalize(at[:, :, 0].mT, dim=2).unflatten(0, (-1, 2)).unbind(1)  # [pairs, points, channels]
+    places = points[1::2]
+    target = (-(torch.cdist(places, places) ** 2) / (2 * sigma**2)).softmax(-1)
+
+    def found(query: Tensor, key: Tensor, target: Tensor) -> Tensor:
+        return -(target * (query @ key.mT / temperature).log_softmax(-1)).sum(-1).mean()
+
+    value = (found(a, b, target) + found(b, a, target.mT / target.mT.sum(-1, keepdim=True))) / 2
+    pairs = list(kinds[::2])
+    others = [
+        next((j for j in [*range(i + 1, len(pairs)), *range(i)] if pairs[j] == kind), -1)
+        for i, kind in enumerate(pairs)
+    ]
+    exchanged = [i for i, other in enumerate(others) if other >= 0]
+    if not exchanged:
+        return value
+    cells = unit[0::2][[others[i] for i in exchanged]].flatten(2)  # [pairs, channels, cells] of the other picture
+    weights = (a[exchanged] @ cells / temperature).softmax(-1)
+    swapped = nn.functional.normalize(weights @ cells.mT, dim=2)
+    return (value + found(swapped, b[exchanged], target[exchanged])) / 2
 
 
 def rate(config: DenoiserConfig) -> Callable[[int], float]:
@@ -245,10 +285,17 @@ def train_denoiser(
         collate_fn=lambda batch: list(zip(*batch, strict=True)),
         persistent_workers=False,
     )
+    bare = accelerator.unwrap_model(model)
+    watched = Skeleton(bare.unet, unet_sites(bare.unet))
     started = time.perf_counter()
-    for pixels, noise, timesteps, prompts in loader:
+    for pixels, noise, timesteps, prompts, points, kinds in loader:
         x, e, t = (v.to(accelerator.device) for v in (torch.stack(pixels), torch.stack(noise), torch.tensor(timesteps)))
-        value = loss(model, scheduler, x, e, t, tokens(list(prompts)))
+        views = [i for i, some in enumerate(points) if len(some)]  # both views of a pair, or neither
+        with Watch(watched, [config.align_site], stop=False) if views else nullcontext() as seen:
+            value = loss(model, scheduler, x, e, t, tokens(list(prompts)))
+        if views and seen is not None:
+            where = torch.stack([points[i] for i in views]).to(accelerator.device)
+            value = value + config.align * alignment(seen[config.align_site][views], where, [kinds[i] for i in views])
         accelerator.backward(value)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -269,7 +316,6 @@ def train_denoiser(
         if last or step % config.sample_every == 0:
             average.store(model.parameters())
             average.copy_to(model.parameters())
-            bare = accelerator.unwrap_model(model)
             sheet = samples(bare, scheduler, tokens(list(config.sample_prompts)), tokens([""]), config.size)
             sheet.save(out / f"samples-{step:07d}.png")
             save(out / "model", bare, tokenizer, scheduler)
@@ -291,11 +337,23 @@ def _forget_after(step: int, log: Path) -> None:
 def _same_config(config: DenoiserConfig, out: Path) -> None:
     """More steps may be added to a run; anything that changes the model or the draws may not."""
     file = out / "config.json"
-    free = {"steps", "decay", "workers", "checkpoint_every", "sample_every", "sample_prompts", "lr", "warmup"}
+    free = {
+        "steps",
+        "decay",
+        "align",
+        "align_after",
+        "align_share",
+        "workers",
+        "checkpoint_every",
+        "sample_every",
+        "sample_prompts",
+        "lr",
+        "warmup",
+    }
     now = json.loads(json.dumps(asdict(config)))
     if file.exists():
         before = json.loads(file.read_text())
-        changed = [key for key in now if key not in free and now[key] != before.get(key)]
+        changed = [key for key in now if key not in free and key in before and now[key] != before[key]]
         if changed:
             raise InputError(f"{out} holds a run with another {changed[0]!r}; choose another --out or delete it.")
     beside = file.with_suffix(".part")
