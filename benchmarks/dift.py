@@ -47,11 +47,13 @@ PICTURE = (500, 375)  # the pictures matched: the usual size in SPair-71k
 EXTRAS = ("bfloat16", "bfloat16+channels_last", "bfloat16+channels_last+compile")
 COLUMNS = ("", "seconds", "peak MiB", "GFLOP", "time ×", "memory ×", "FLOP ×", "difference")
 FORMATS = {"seconds": ".3g", "peak_mib": ",.4g", "gflop": ",.4g"}
-NOTES = """Ratios (×) are official / this row: above 1 is better than official. Seconds are medians over the rounds, each in
-a new process, after a pass thrown away if warm. Peak is what a pass needs beyond the model or the maps. GFLOP count products alone (1 multiply-add = 2; PyTorch's FlopCounterMode),
-so not the renormalising in the official matching; "killed" means that memory ran out. Difference from official (or else from ours): relative L2 distance of the
-features; for matching, the largest gap between the cosines at the points found. The official attention runs on PyTorch's
-fused kernel, as ours does, in place of xformers. Rows "ours + …" switch things on that the official code does not have."""
+NOTES = """Ratios (×) are official / this row: above 1 is better than official. Seconds are medians over the rounds,
+each in a new process, after a pass thrown away if warm. Peak is what a pass needs beyond the model or the maps. GFLOP
+count products alone (1 multiply-add = 2; PyTorch's FlopCounterMode), so not the renormalising in the official
+matching; "killed" means that memory ran out. Difference from official (or else from ours): relative L2 distance of the
+features; for matching, the largest gap between the cosines at the points found. The official attention runs on
+PyTorch's fused kernel, as ours does, in place of xformers. Rows "ours + …" switch things on that the official code
+does not have."""
 
 
 class Arch(NamedTuple):

@@ -17,12 +17,15 @@ class Source:
     prompt: the phrase of an image, `{label}` standing for its label; its last word names the kind of thing.
     weight: the share of draws that come from this source, relative to the others.
     labels: label name -> words used in its place.
+    mirror: whether the two views of the alignment loss are mirrored independently (a bird facing left has the same parts
+        as one facing right; but on a face a left eye must not become a right eye).
     """
 
     path: str
     prompt: str = "{label}"
     weight: float = 1.0
     labels: dict[str, str] = field(default_factory=dict)
+    mirror: bool = True
 
 
 @dataclass(frozen=True)

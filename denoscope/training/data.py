@@ -87,16 +87,15 @@ class Draws(Dataset):
         rng = np.random.default_rng([self.config.seed, n])
         if self.config.align and n >= self.config.align_after * self.config.batch:
             return self._view(rng, np.random.default_rng([self.config.seed, n // 2, 1]), n % 2)
-        example = self._example(rng)
+        _, example = self._example(rng)
         box, flip = self._crop(rng, example.image.size), rng.random() < 0.5
         return self._draw(rng, example, box, flip, self.timesteps, torch.empty(0, 2))
 
     def _view(self, rng: np.random.Generator, pair: np.random.Generator, which: int) -> Draw:
-        """One of two views of a picture; `pair` makes the choices that both share.
-
-        Both are mirrored or neither is: a left eye must not become a right eye.
-        """
-        example, flip = self._example(pair), pair.random() < 0.5
+        """One of two views of a picture; `pair` makes the choices that both share."""
+        source, example = self._example(pair)
+        flips = pair.random(2) < 0.5
+        flip = bool(flips[which if self.config.sources[source].mirror else 0])
         if pair.random() >= self.config.align_share:
             box = self._crop(rng, example.image.size)
             return self._draw(rng, example, box, flip, self.timesteps, torch.empty(0, 2))
@@ -115,9 +114,9 @@ class Draws(Dataset):
             points[:, 0] *= -1
         return self._draw(rng, example, boxes[which], flip, self.config.align_t, torch.from_numpy(points).float())
 
-    def _example(self, rng: np.random.Generator) -> Example:
-        examples = self.sources[rng.choice(len(self.sources), p=self.shares)]
-        return examples[rng.integers(len(examples))]
+    def _example(self, rng: np.random.Generator) -> tuple[int, Example]:
+        source = int(rng.choice(len(self.sources), p=self.shares))
+        return source, self.sources[source][rng.integers(len(self.sources[source]))]
 
     def _draw(
         self, rng: np.random.Generator, example: Example, box: Box, flip: bool, timesteps: int, points: Tensor

@@ -137,9 +137,10 @@ def alignment(
     """How badly points are found again between two views of a picture, directly and by way of another picture.
 
     Views 2i and 2i + 1 show one picture; `points` are the same places in both. Every point of the first view must be nearest,
-    by cosine, to itself in the second (cross-entropy over the points; neighbours within `sigma` of the picture share the
-    target). In half of the loss the feature is first replaced by what answers to it in another picture of the same kind
-    (descriptor vector exchange, Thewlis, Albanie, Bilen and Vedaldi, arXiv 1908.06427), so that it must mean the same there.
+    by cosine, to itself in the second, among all points there and those of pictures of other kinds (cross-entropy;
+    neighbours within about `sigma` share the target). In half of the loss the feature is first replaced by what answers to
+    it in another picture of the same kind (descriptor vector exchange, Thewlis, Albanie, Bilen and Vedaldi, arXiv
+    1908.06427), so that it must mean the same there.
     """
     unit = nn.functional.normalize(features.float(), dim=1)
     at = nn.functional.grid_sample(features.float(), points[:, None], align_corners=False, padding_mode="border")
@@ -147,22 +148,25 @@ def alignment(
     places = points[1::2]
     target = (-(torch.cdist(places, places) ** 2) / (2 * sigma**2)).softmax(-1)
 
-    def found(query: Tensor, key: Tensor, target: Tensor) -> Tensor:
-        return -(target * (query @ key.mT / temperature).log_softmax(-1)).sum(-1).mean()
+    strangers = torch.tensor([[one != other for other in kinds[::2]] for one in kinds[::2]], device=a.device)
 
-    value = (found(a, b, target) + found(b, a, target.mT / target.mT.sum(-1, keepdim=True))) / 2
-    pairs = list(kinds[::2])
-    others = [
-        next((j for j in [*range(i + 1, len(pairs)), *range(i)] if pairs[j] == kind), -1)
-        for i, kind in enumerate(pairs)
-    ]
-    exchanged = [i for i, other in enumerate(others) if other >= 0]
+    def found(query: Tensor, key: Tensor, target: Tensor, rows: list[int]) -> Tensor:
+        own = query @ key[rows].mT / temperature
+        other = (query @ key.flatten(0, 1).mT / temperature).unflatten(2, (len(key), -1))
+        other = other.masked_fill(~strangers[rows][:, None, :, None], -torch.inf).flatten(2)
+        return -(target * torch.cat([own, other], 2).log_softmax(2)[..., : own.shape[2]]).sum(2).mean()
+
+    everyone = list(range(len(a)))
+    back = target.mT / target.mT.sum(-1, keepdim=True)
+    value = (found(a, b, target, everyone) + found(b, a, back, everyone)) / 2
+    answers = [next((j for j in everyone[i + 1 :] + everyone[:i] if not strangers[i, j]), -1) for i in everyone]
+    exchanged = [i for i in everyone if answers[i] >= 0]
     if not exchanged:
         return value
-    cells = unit[0::2][[others[i] for i in exchanged]].flatten(2)  # [pairs, channels, cells] of the other picture
+    cells = unit[0::2][[answers[i] for i in exchanged]].flatten(2)  # [pairs, channels, cells] of the other picture
     weights = (a[exchanged] @ cells / temperature).softmax(-1)
     swapped = nn.functional.normalize(weights @ cells.mT, dim=2)
-    return (value + found(swapped, b[exchanged], target[exchanged])) / 2
+    return (value + found(swapped, b, target[exchanged], exchanged)) / 2
 
 
 def rate(config: DenoiserConfig) -> Callable[[int], float]:
