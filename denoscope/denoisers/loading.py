@@ -159,6 +159,8 @@ def _quietly(name: str, action: Callable[[], Any]) -> Any:
         raise InputError(f"The weights of {name} are damaged ({error}); fetch them again.") from None
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if reason.startswith("Unable to load weights"):
+            raise InputError(f"The weights of {name} are damaged; fetch them again.") from error
         if isinstance(error, OSError) or "huggingface_hub" in type(error).__module__:
             raise MissingError(f"{name} could not be loaded: {reason}") from error
         raise InputError(f"{name} could not be loaded: {reason}") from error
