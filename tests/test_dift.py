@@ -1,6 +1,7 @@
 """DIFT features: parity with recordings of the official code, and the properties that any implementation has."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from conftest import GOLDEN, relative, smooth_picture
 from safetensors.torch import load_file
 
 import denoscope as ds
-from denoscope.features import feature_maps, recipe, resolve_size
+from denoscope.features import concatenate, feature_maps, recipe, resolve_size
 
 SD_CASES = json.loads((GOLDEN / "dift-sd" / "cases.json").read_text())
 ADM_CASES = json.loads((GOLDEN / "dift-adm" / "cases.json").read_text())["cases"]
@@ -150,6 +151,27 @@ def test_several_sites_from_one_pass(sd):
     maps = feature_maps(sd, picture, chosen, ["mid", "up.1"])
     assert torch.equal(maps["up.1"].values, ds.features(sd, picture, ensemble=2, size=64).values)
     assert torch.equal(maps["mid"].values, ds.features(sd, picture, site="mid", ensemble=2, size=64).values)
+
+
+def test_joined_sizes_weigh_the_same(seedling):
+    picture, other = smooth_picture(6, 64, 48), smooth_picture(7, 64, 48)
+    options = {"ensemble": 1, "site": "up.1", "t": 20}
+    joined = [ds.features(seedling, p, size="32x24+64x48", **options) for p in (picture, other)]
+    fine = [ds.features(seedling, p, size="64x48", **options) for p in (picture, other)]
+    coarse = [ds.features(seedling, p, size="32x24", **options) for p in (picture, other)]
+    assert joined[0].values.shape == (2 * fine[0].values.shape[0], *fine[0].values.shape[1:])
+    assert joined[0].recipe["size"] == [[32, 24], [64, 48]]
+    points = fine[0].frame.to_picture(torch.tensor([[5.0, 7.0], [20.0, 11.0]], dtype=torch.float64))  # cell centres
+
+    def cosine(pair):
+        return torch.nn.functional.cosine_similarity(pair[0].at(points), pair[1].at(points))
+
+    unit = [replace(fm, values=torch.nn.functional.normalize(fm.values, dim=0)) for fm in coarse]
+    assert torch.allclose(cosine(joined), (cosine(fine) + cosine(unit)) / 2, atol=1e-4)
+    with pytest.raises(ds.InputError, match="one picture"):
+        concatenate([fine[0], ds.features(seedling, smooth_picture(6, 48, 48), size=48, **options)])
+    with pytest.raises(ds.InputError, match="cover the whole"):
+        concatenate([fine[0], replace(fine[0], frame=fine[0].frame.crop(0, 0, *fine[0].frame.grid).pad(1, 0, -1, 0))])
 
 
 def test_saved_features_come_back(sd, tmp_path):

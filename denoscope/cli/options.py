@@ -16,7 +16,10 @@ Preset = Annotated[str | None, typer.Option(help="semantic, geometric or tempora
 T = Annotated[int | None, typer.Option("--t", help="Timestep of the noise that is added.")]
 SiteName = Annotated[str | None, typer.Option("--site", help="Where to read, e.g. up.1 (see 'denoscope models').")]
 Ensemble = Annotated[int | None, typer.Option(help="Draws of the noise to average over.")]
-Size = Annotated[str | None, typer.Option(help="Size to resize to: 768, 768x512, short480, long512, or 0 for none.")]
+Size = Annotated[
+    str | None,
+    typer.Option(help="Size to resize to: 768, 768x512, short480, long512, 0 for none, or several: long48+long96."),
+]
 Prompt = Annotated[str | None, typer.Option(help="What the picture shows, e.g. 'a photo of a cat'.")]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]

@@ -2,6 +2,7 @@
 
 from denoscope.features.dift import feature_maps, features, recipe, resolve_size
 from denoscope.features.feature_map import FeatureMap
+from denoscope.features.fusing import concatenate
 from denoscope.features.presets import PRESETS
 
-__all__ = ["PRESETS", "FeatureMap", "feature_maps", "features", "recipe", "resolve_size"]
+__all__ = ["PRESETS", "FeatureMap", "concatenate", "feature_maps", "features", "recipe", "resolve_size"]

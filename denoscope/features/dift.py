@@ -9,7 +9,7 @@ published code encodes every copy), and the network stops inside the forward pas
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from denoscope.denoisers.noise import Noise
 from denoscope.denoisers.protocol import Denoiser
 from denoscope.errors import InputError
 from denoscope.features.feature_map import FeatureMap
+from denoscope.features.fusing import concatenate
 from denoscope.features.presets import NAMES, PRESETS
 from denoscope.images import Frame, Picture, read
 from denoscope.sites import Watch
@@ -72,7 +73,7 @@ def resolve_size(size: Size, picture: tuple[int, int], multiple: int = 1, minimu
 
     size: (width, height), "WxH", N or "N" (a square, as the published code has it), "shortN" (short side N, long side
         rounded down to a multiple of 32, as the published video code has it), "longN" (long side N, both sides rounded to
-        multiples of 8), or 0 (no resizing).
+        multiples of 8), or 0 (no resizing). `features` also takes several joined by "+": "long48+long96".
 
     Raises InputError when it cannot be understood, or the model cannot take the result.
     """
@@ -144,6 +145,12 @@ def feature_maps(
     chunk: int | None = None,
 ) -> dict[str, FeatureMap]:
     """Features of one picture at several sites from the same forward passes; see `features` for the arguments."""
+    if isinstance(chosen.size, str) and "+" in chosen.size:
+        parts = [
+            feature_maps(denoiser, picture, replace(chosen, size=size), sites, noise, seed, chunk)
+            for size in chosen.size.split("+")
+        ]
+        return {site: concatenate([part[site] for part in parts]) for site in sites}
     width_height = resolve_size(chosen.size, picture.size, denoiser.multiple, denoiser.minimum)
     posterior = denoiser.posterior(picture.resized(width_height)[None])
     shape = tuple(posterior.mean.shape[1:])

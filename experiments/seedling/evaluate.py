@@ -40,7 +40,7 @@ LANDMARKS = [36, 39, 42, 45, 30, 31, 35, 48, 54, 51, 57, 8, 0, 16, 4, 12, 17, 21
 
 
 def dev_pairs(root: Path, name: str, count: int, seed: int = 0) -> list[tuple[Pair, ds.Picture, ds.Picture]]:
-    """Random pairs of `birds` or `faces` dev. Faces are shifted and scaled at random, since the crops are centred."""
+    """Random pairs of `birds` or `faces` dev. Faces are cropped again at random, since they come centred."""
     rows = pq.read_table(root / name / "dev.parquet").to_pylist()
     rng, pairs = random.Random(seed), []
     while len(pairs) < count:
@@ -51,19 +51,18 @@ def dev_pairs(root: Path, name: str, count: int, seed: int = 0) -> list[tuple[Pa
             visible = np.array(row.get("kps_visible", [True] * len(points)), dtype=bool)
             if name == "faces":
                 points, visible = points[LANDMARKS], visible[LANDMARKS]
-                side = rng.randint(128, 224)  # the crop laid on a wider canvas of its mirrored surroundings
-                left, top = rng.randint(0, side - 128), rng.randint(0, side - 128)
-                pad = ((top, side - 128 - top), (left, side - 128 - left), (0, 0))
-                image = Image.fromarray(np.pad(np.asarray(image), pad, mode="symmetric"))
-                points = points + np.array([left, top])
+                side = rng.randint(80, 128)
+                left, top = rng.randint(0, 128 - side), rng.randint(0, 128 - side)
+                image = image.crop((left, top, left + side, top + side))
+                points = points - np.array([left, top])
             inside = ((points >= 0) & (points <= np.array(image.size) - 1)).all(1)
             sides.append((ds.read(image), points, visible & inside))
         both = sides[0][2] & sides[1][2]
         if both.sum() < 3:
             continue
         (one, p, _), (two, q, _) = sides
-        low, high = q[both].min(0), q[both].max(0)
-        box = (0.0, 0.0, *map(float, two.size)) if name == "birds" else (*map(float, low), *map(float, high))
+        (x1, y1), (x2, y2) = ([0, 0], two.size) if name == "birds" else (q[both].min(0), q[both].max(0))
+        box = float(x1), float(y1), float(x2), float(y2)
         points = [torch.from_numpy(v[both]) for v in (p, q)]
         pairs.append((Pair("", "", name, points[0], points[1], box, two.size), one, two))
     return pairs
