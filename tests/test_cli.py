@@ -17,6 +17,7 @@ from denoscope.cli.options import parse_points
 
 PIPELINE = str(GOLDEN / "dift-sd" / "pipeline")
 QUICK = ["--size", "64", "--ensemble", "1"]
+BAD = {"j.csv": "row,col\n1,2\n", "k.csv": "1,2,3\n", "l.json": '["12", "10"]', "m.json": "[[true, 1]]"}
 COMMAND = [sys.executable, "-c", "from denoscope.cli.main import main; main()"]
 
 
@@ -90,6 +91,20 @@ def test_features_are_saved_and_not_made_twice(run, photos, tmp_path):
     assert times == {p: p.stat().st_mtime_ns for p in times}
     assert run("features", *photos, *options, "--seed", 1)[0] == 0
     assert all(p.stat().st_mtime_ns > before for p, before in times.items())
+    (out / "two.safetensors").write_bytes(b"damaged")
+    smooth_picture(9).image().save(photos[2])  # the same name, another picture
+    old = ds.FeatureMap.load(out / "three.safetensors").values
+    assert run("features", *photos, *options, "--seed", 1)[0] == 0
+    assert ds.FeatureMap.load(out / "two.safetensors").values.isfinite().all()
+    assert (ds.FeatureMap.load(out / "three.safetensors").values - old).abs().max() > 0.01
+
+
+def test_pictures_of_one_name_do_not_overwrite_each_other(run, photos, tmp_path):
+    for place in ("a", "b/a", "c"):
+        (tmp_path / "many" / place).mkdir(parents=True)
+        smooth_picture(1).image().save(tmp_path / "many" / place / "p.png")
+    assert run("features", tmp_path / "many", "--out", tmp_path / "o", "-m", PIPELINE, *QUICK)[0] == 0
+    assert len(list((tmp_path / "o").glob("*.safetensors"))) == 3
 
 
 def test_features_go_on_past_a_broken_picture(run, photos, tmp_path):
@@ -139,7 +154,16 @@ def test_demo_on_the_embedded_model(run, tmp_path):
         (["match", "ONE", "TWO", "--grid", 2, "--site", "up.8"], "no site 'up.8'"),
         (["match", "ONE", "TWO", "--grid", 2, "--device", "quantum"], "Device 'quantum'"),
         (["match", "ONE", "TWO", "--grid", 2, "--dtype", "int8"], "'int8' is not a floating-point type"),
+        (["match", "ONE", "TWO", "TWO", "--grid", 2, "--heat"], "single TARGET"),
+        (["match", "ONE", "TWO", "--grid", 2, "--soft", -1], "0 or more feature cells"),
+        (["match", "ONE", "TWO", "--grid", 99], "finer than the picture"),
+        (["match", "ONE", "TWO", "--points", "[/a]"], "Points '[/a]' are not understood"),
+        (["match", "ONE", "b[/x].png", "--grid", 2], "no file b[/x].png"),
+        (["match", "ONE", "TWO", "--grid", 2, "--size", "99999999"], "megapixels"),
+        (["match", "ONE", "TWO", "--grid", 2, "--size", "long0"], "too small"),
         (["features", "EMPTY"], "holds no images"),
+        (["features", "ONE", "TWO", "--t", 5000], "not in [0, 1000)"),
+        (["features", "ONE", "ONE"], "named twice"),
         (["train", "denoiser", "none.toml"], "no training configuration"),
     ],
 )
@@ -166,13 +190,19 @@ def test_points_come_from_text_and_files(tmp_path):
         "b.json": '{"points": [[1, 2.5], [30, 4]]}',
         "c.csv": "x,y\n1,2.5\n30,4\n",
         "d.csv": "1,2.5\n30,4\n",
-        "e.csv": "name,y,x\nnose,2.5,1\near,4,30\n",
+        "e.csv": "\ufeffname,Y,X\nnose,2.5,1\near,4,30\n",
     }
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     for text in ("1,2.5;30,4", " 1 , 2.5 ; 30,4 ;", *[str(tmp_path / name) for name in files]):
         assert parse_points(text) == [(1.0, 2.5), (30.0, 4.0)]
-    for name, content in {"f.json": "[1, 2", "g.json": '{"spots": []}', "h.csv": "x,y\n1,up\n", "i.csv": "3\n"}.items():
+    for name, content in {
+        "f.json": "[1, 2",
+        "g.json": '{"spots": []}',
+        "h.csv": "x,y\n1,up\n",
+        "i.csv": "3\n",
+        **BAD,
+    }.items():
         (tmp_path / name).write_text(content)
         with pytest.raises(ds.InputError, match=name):
             parse_points(str(tmp_path / name))

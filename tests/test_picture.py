@@ -141,6 +141,9 @@ def test_masks(tmp_path):
     inside = np.zeros((56, 72), np.uint8)
     inside[10:20, 30:40] = 255
     assert read_mask(inside, (72, 56)).sum() == 100
+    clear = np.dstack([np.full((56, 72, 3), 255, np.uint8), inside])  # white, and transparent outside
+    Image.fromarray(clear).save(tmp_path / "m.png")
+    assert read_mask(tmp_path / "m.png", (72, 56)).sum() == 100
     with pytest.raises(ds.InputError, match="72x56 but its picture 56x72"):
         read_mask(inside, (56, 72))
     with pytest.raises(ds.InputError, match="black everywhere"):

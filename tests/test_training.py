@@ -126,6 +126,10 @@ def test_learning_rate_rises_stays_and_falls():
         ("[[sources]]\nwhere='a'", r"\[\[sources\]\].*unknown key 'where'"),
         ("[[sources]]\nprompt='a'", "path"),
         ("size = 30\n[[sources]]\npath='a'", "multiple of 8"),
+        ("steps = 'many'\n[[sources]]\npath='a'", "steps must be like 4000"),
+        ("channels = [8, -16]\n[[sources]]\npath='a'", "channels must be"),
+        ("attention_levels = [7]\n[[sources]]\npath='a'", "attention_levels"),
+        ("beta_schedule = 'zzz'\n[[sources]]\npath='a'", "squaredcos_cap_v2"),
         ("prediction = 'score'\n[[sources]]\npath='a'", "v_prediction"),
     ],
 )
@@ -140,6 +144,12 @@ def test_missing_data_is_named(tmp_path, data):
         read_denoiser_config(tmp_path / "none.toml")
     with pytest.raises(ds.MissingError, match=r"birds.parquet.*--data"):
         train_denoiser(TINY, tmp_path / "run", tmp_path, device="cpu")
+    with pytest.raises(ds.InputError, match="Device 'gpu'"):
+        train_denoiser(TINY, tmp_path / "run", data, device="gpu")
+    assert not (tmp_path / "run").exists()  # a run that could not start claims nothing
+    (data / "folder" / "old_cars" / "b.png").write_bytes(b"nothing")
+    with pytest.raises(ds.InputError, match=r"b.png is not an image"):
+        read_source(TINY.sources[1], data)
     pq.write_table(pa.table({"picture": [1]}), data / "birds.parquet")
     with pytest.raises(ds.InputError, match="no column 'img'"):
         read_source(TINY.sources[0], data)

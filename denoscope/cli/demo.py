@@ -25,7 +25,7 @@ def demo(
     from denoscope.images.draw import contact_sheet
 
     console, denoiser = Console(), ds.load(model, device)
-    out.mkdir(parents=True, exist_ok=True)
+    options.folder(out)
     for pair in json.loads((PHOTOS / "pairs.json").read_text()):
         source, target = (ds.read(PHOTOS / pair[role]) for role in ("source", "target"))
         matches = ds.match(denoiser, source, target, pair["source_points"], prompt=pair["prompt"])
@@ -49,4 +49,4 @@ def demo(
             contact_sheet([matches.source.pca(), matches.target.pca()], side=320), out / f"{pair['name']}_pca.png"
         )
         matches.save(out / f"{pair['name']}.json")
-    console.print(f"Pictures and numbers: {out}", highlight=False, soft_wrap=True)
+    print(f"Pictures and numbers: {out}")

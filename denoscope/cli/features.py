@@ -1,7 +1,9 @@
 """`denoscope features`: dense features of pictures, saved as safetensors with a PCA picture beside them."""
 
+import os
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -28,6 +30,7 @@ def features(
     """Save the features of every IMAGE; pictures that are done with the same settings are not done again."""
     import denoscope as ds
     from denoscope.cli.match import write_image
+    from denoscope.features import recipe
     from denoscope.images.picture import IMAGE_SUFFIXES
 
     files: list[Path] = []
@@ -39,39 +42,56 @@ def features(
     names = _names(files)
     denoiser = ds.load(model, device, dtype)
     asked = {"t": t, "site": site, "ensemble": ensemble, "size": size, "prompt": prompt}
+    chosen = recipe(denoiser, preset, **asked)  # a wrong setting is one error, not one for every picture
+    settings = {"model": model, "seed": seed, "dtype": str(denoiser.dtype), **asdict(chosen)}
     console, failed, last = Console(), [], None
-    out.mkdir(parents=True, exist_ok=True)
+    options.folder(out)
     for file, name in track(list(zip(files, names, strict=True)), "Features", disable=not console.is_terminal):
-        target, done = out / f"{name}.safetensors", None
-        settings = {"model": model, "preset": preset, **asked, "seed": seed, "dtype": str(denoiser.dtype)}
-        if target.is_file():
-            done = ds.FeatureMap.load(target)
-            if done.recipe.get("asked") != settings or done.recipe.get("picture") != str(file):
-                done = None
+        target = out / f"{name}.safetensors"
         try:
-            if done is None:
-                done = ds.features(denoiser, file, preset=preset, seed=seed, **asked)
-                done.recipe["asked"] = settings
-                write_image(done.pca(), out / f"{name}.png")
-                done.save(target)
+            picture = ds.read(file)
+            made = {**settings, "digest": picture.digest}
+            fm = _done(target, made)
+            if fm is None:
+                fm = ds.features(denoiser, picture, preset=preset, seed=seed, **asked)
+                fm.recipe["asked"] = made
+                write_image(fm.pca(), out / f"{name}.png")
+                fm.save(target)
+            last = fm
         except DenoscopeError as error:
             if len(files) == 1:
                 raise
             failed.append(error)
-        last = done or last
     if last is not None:
         c, h, w = last.values.shape
         console.print(
             f"{len(files) - len(failed)} of {len(files)} pictures: {c} channels, e.g. {w}x{h} cells, in {out}."
         )
     if failed:
-        raise InputError(f"{len(failed)} of {len(files)} pictures failed; the first: {failed[0]}")
+        raise InputError(f"{len(failed)} of {len(files)} pictures failed: {' '.join(map(str, failed))}")
+
+
+def _done(path: Path, settings: dict[str, Any]) -> Any:
+    """The features at `path` if they were made with the same settings from the same pixels; damaged ones are made again."""
+    from denoscope import FeatureMap
+
+    if not path.is_file() or not path.with_suffix(".png").is_file():
+        return None
+    try:
+        found = FeatureMap.load(path)
+    except DenoscopeError:
+        return None
+    return found if found.recipe.get("asked") == settings else None
 
 
 def _names(files: list[Path]) -> list[str]:
-    """Output names: the stems, with the parent folder in front where two pictures would share one."""
+    """Output names: the stems; where two pictures would share one, the paths below their common folder."""
     stems = [file.stem for file in files]
-    return [
-        stem if stems.count(stem) == 1 else f"{file.parent.name}_{file.stem}{file.suffix.replace('.', '_')}"
-        for file, stem in zip(files, stems, strict=True)
-    ]
+    if len(set(stems)) == len(stems):
+        return stems
+    full = [file.resolve() for file in files]
+    if len(set(full)) < len(full):
+        twice = next(file for file, path in zip(files, full, strict=True) if full.count(path) > 1)
+        raise InputError(f"{twice} is named twice.")
+    root = os.path.commonpath([path.parent for path in full])
+    return [str(path.relative_to(root)).replace("_", "__").replace(os.sep, "_") for path in full]

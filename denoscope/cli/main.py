@@ -41,7 +41,7 @@ def front(
 
 def _warn(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
     if issubclass(category, UserWarning):
-        Console(stderr=True).print(f"[yellow]Note:[/yellow] {message}", highlight=False)
+        Console(stderr=True).print("Note:", str(message), markup=False, highlight=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -54,5 +54,5 @@ def main() -> None:
         if "--debug" in sys.argv:
             raise
         text = " ".join(str(error).split())
-        console.print(f"[red]Error:[/red] {text}", markup=True, highlight=False, soft_wrap=True)
+        console.print("Error:", text, markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from denoscope.cli import options
@@ -43,6 +44,8 @@ def match(
     import denoscope as ds
     from denoscope.images.draw import draw_matches
 
+    if heat and len(targets) > 1:
+        raise InputError("--heat draws one target; give a single TARGET or leave it out.")
     picture, others = ds.read(source), [ds.read(target) for target in targets]
     chosen = choose_points(picture, points, grid, mask)
     denoiser = ds.load(model, device, dtype)
@@ -50,7 +53,7 @@ def match(
         denoiser, picture, others, chosen, soft_window=soft, cycle=mutual,
         preset=preset, t=t, site=site, ensemble=ensemble, size=size, prompt=prompt, seed=seed,
     )  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
+    options.folder(out)
     one = found[0]
     drawn = (
         one.draw(heat=heat)
@@ -65,7 +68,7 @@ def match(
     else:
         write_text(json.dumps([m.to_dict() for m in found], indent=2) + "\n", out / "matches.json")
     print_matches(found, [str(target) for target in targets])
-    Console().print(f"Picture: {out / 'matches.png'}\nNumbers: {out / 'matches.json'}", highlight=False, soft_wrap=True)
+    print(f"Picture: {out / 'matches.png'}\nNumbers: {out / 'matches.json'}")
 
 
 def choose_points(picture: Any, points: str | None, grid: int | None, mask: Path | None) -> Any:
@@ -83,7 +86,7 @@ def choose_points(picture: Any, points: str | None, grid: int | None, mask: Path
     inside = read_mask(mask, picture.size)
     ys, xs = inside.nonzero()
     spread = grid_points((int(xs.max() - xs.min()) + 1, int(ys.max() - ys.min()) + 1), grid or 16)
-    spread = spread + spread.new_tensor([xs.min(), ys.min()])
+    spread = spread.unique(dim=0) + spread.new_tensor([xs.min(), ys.min()])
     kept = [(x, y) for x, y in spread.tolist() if inside[int(y), int(x)]]
     if not kept:
         raise InputError(f"No grid point falls inside {mask}; use a larger --grid.")
@@ -98,7 +101,7 @@ def print_matches(found: list[Any], names: list[str], most: int = 24) -> None:
     for matches, name in zip(found, names, strict=True):
         if len(found) > 1:
             table.add_section()
-            table.add_row("", "", f"[bold]{name}")
+            table.add_row("", "", f"[bold]{escape(name)}")
         for row in matches.rows()[:most]:
             cells = [str(row["index"]), f"{row['source_x']:g}, {row['source_y']:g}", f"{row['x']:.5g}, {row['y']:.5g}"]
             table.add_row(*cells, f"{row['score']:.3f}", *([f"{row['cycle']:.1f}"] if "cycle" in row else []))

@@ -33,9 +33,9 @@ def models(
 
     denoiser = ds.load(model, device)
     parameters = sum(p.numel() for p in denoiser.network.parameters()) / 1e6
-    console.print(f"[bold]{denoiser.name}[/bold]: {denoiser.family}, {parameters:.1f} M parameters in the network")
+    print(f"{denoiser.name}: {denoiser.family}, {parameters:.1f} M parameters in the network")
     for name, preset in {**PRESETS.get(denoiser.family, {}), **denoiser.presets}.items():
-        console.print(f"  {name}: " + ", ".join(f"{key} {value}" for key, value in preset.items()), highlight=False)
+        print(f"  {name}: " + ", ".join(f"{key} {value}" for key, value in preset.items()))
     table = Table(box=None, pad_edge=False)
     for column in ("site", "kind", "channels", "stride"):
         table.add_column(column, justify="left" if column in ("site", "kind") else "right")

@@ -39,12 +39,16 @@ def parse_points(text: str) -> list[tuple[float, float]]:
         raise MissingError(f"There is no points file {path}.")
     try:
         if path.suffix.lower() == ".json":
-            values = json.loads(path.read_text())
+            values = json.loads(path.read_text("utf-8-sig"))
             return _pairs(values["points"] if isinstance(values, dict) else values, str(path))
-        rows = [[cell.strip() for cell in row] for row in csv.reader(path.read_text().splitlines()) if row]
-        x, y = (rows[0].index("x"), rows[0].index("y")) if rows and {"x", "y"} <= set(rows[0]) else (0, 1)
-        body = rows[1:] if rows and any(not _is_number(cell) for cell in rows[0]) else rows
-        return _pairs([(float(row[x]), float(row[y])) for row in body], str(path))
+        rows = [[cell.strip() for cell in row] for row in csv.reader(path.read_text("utf-8-sig").splitlines()) if row]
+        if rows and not all(_is_number(cell) for cell in rows[0]):
+            header = [cell.lower() for cell in rows[0]]
+            if header.count("x") != 1 or header.count("y") != 1:
+                raise InputError(f"{path}: the header must name one column x and one column y, not {rows[0]}.")
+            x, y = header.index("x"), header.index("y")
+            rows = [[row[x], row[y]] for row in rows[1:]]
+        return _pairs([[float(cell) for cell in row] for row in rows], str(path))
     except (json.JSONDecodeError, UnicodeDecodeError, ValueError, KeyError, IndexError, TypeError) as error:
         if isinstance(error, InputError):
             raise
@@ -60,9 +64,19 @@ def _is_number(cell: str) -> bool:
 
 
 def _pairs(values: Any, where: str) -> list[tuple[float, float]]:
-    pairs = [tuple(float(v) for v in pair) for pair in values]
-    if not pairs:
+    if not isinstance(values, list) or not values:
         raise InputError(f"{where} holds no points; give at least one x,y.")
-    if any(len(pair) != 2 for pair in pairs):
-        raise InputError(f"{where}: every point needs exactly two numbers, x,y.")
-    return [(pair[0], pair[1]) for pair in pairs]
+    for pair in values:
+        numbers = isinstance(pair, list | tuple) and all(type(number) in (int, float) for number in pair)
+        if not numbers or len(pair) != 2:
+            raise InputError(f"{where}: every point needs exactly two numbers, x,y.")
+    return [(float(x), float(y)) for x, y in values]
+
+
+def folder(out: Path) -> Path:
+    """The folder for results, made before any long work."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"--out {out} is a file or lies in one; name a folder.") from None
+    return out

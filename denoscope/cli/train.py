@@ -44,4 +44,4 @@ def denoiser(
                 console.print(f"step {step}/{settings.steps}  loss {loss:.4f}  {seconds:.2f} s", highlight=False)
 
         model = train_denoiser(settings, out, data, device=device, mixed_precision=precision, report=report)
-    console.print(f"Model: {model} (use it with --model {model})", highlight=False, soft_wrap=True)
+    print(f"Model: {model} (use it with --model {model})")

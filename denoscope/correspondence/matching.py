@@ -39,6 +39,8 @@ def transfer(
     Raises InputError for points outside the picture and for maps that cannot be compared.
     """
     _comparable(source, target, force)
+    if not (0 <= soft_window < float("inf") and temperature > 0):
+        raise InputError("The soft-argmax window must be 0 or more feature cells, and its temperature positive.")
     points = source.frame.inside(points)
     vectors = source.at(points)
     if zero := int((vectors.norm(dim=1) == 0).sum()):

@@ -23,6 +23,7 @@ from denoscope.features.feature_map import FeatureMap
 from denoscope.features.fusing import concatenate
 from denoscope.features.presets import NAMES, PRESETS
 from denoscope.images import Frame, Picture, read
+from denoscope.images.picture import MAX_PIXELS
 from denoscope.sites import Watch
 
 Size = int | str | tuple[int, int]
@@ -61,9 +62,15 @@ def recipe(
             f"There is no preset {name!r} for {denoiser.name}; choose one of {', '.join(presets or NAMES)}."
         )
     given = {"t": t, "site": site, "ensemble": ensemble, "prompt": prompt, "size": size}
-    chosen = Recipe(**{**presets[name], **{k: v for k, v in given.items() if v is not None}}, preset=name)
+    settings = {**presets[name], **{k: v for k, v in given.items() if v is not None}}
+    for key in ("t", "site", "ensemble", "size"):
+        if key not in settings:
+            raise InputError(f"The preset {name!r} of {denoiser.name} does not say {key}; complete its denoscope.json.")
+    if unknown := sorted(set(settings) - set(given)):
+        raise InputError(f"The preset {name!r} of {denoiser.name} has an unknown key {unknown[0]!r}.")
+    chosen = Recipe(**settings, preset=name)
     denoiser.schedule.check(chosen.t)
-    if chosen.ensemble < 1:
+    if not isinstance(chosen.ensemble, int) or chosen.ensemble < 1:
         raise InputError(f"The ensemble needs at least 1 member, not {chosen.ensemble}.")
     return chosen
 
@@ -73,7 +80,8 @@ def resolve_size(size: Size, picture: tuple[int, int], multiple: int = 1, minimu
 
     size: (width, height), "WxH", N or "N" (a square, as the published code has it), "shortN" (short side N, long side
         rounded down to a multiple of 32, as the published video code has it), "longN" (long side N, both sides rounded to
-        multiples of 8), or 0 (no resizing). `features` also takes several joined by "+": "long48+long96".
+        multiples of 8 and at least the model's minimum), or 0 (no resizing).
+        `features` also takes several joined by "+": "long48+long96".
 
     Raises InputError when it cannot be understood, or the model cannot take the result.
     """
@@ -85,14 +93,22 @@ def resolve_size(size: Size, picture: tuple[int, int], multiple: int = 1, minimu
         short = int(found[1])
         target = tuple(short if side == min(w, h) else side * short // min(w, h) // 32 * 32 for side in (w, h))
     elif found := re.fullmatch(r"long(\d+)", text):
+        if int(found[1]) < minimum:
+            raise InputError(f"{text} is too small; this model needs sides of at least {minimum} pixels.")
         scale, step = int(found[1]) / max(w, h), max(8, multiple)
         target = tuple(max(minimum, step, round(side * scale / step) * step) for side in (w, h))
     elif text.isdecimal():
         target = (int(text), int(text)) if int(text) else (w, h)
     else:
-        raise InputError(f"Size {text!r} is not understood; write 768, 768x512, short480, long512 or 0.")
+        raise InputError(
+            f"Size {text!r} is not understood; write 768, 768x512, short480, long512, 0 or several joined by +."
+        )
     if min(target) < minimum:
         raise InputError(f"{target[0]}x{target[1]} pixels is too small; this model needs sides of at least {minimum}.")
+    if target[0] * target[1] > MAX_PIXELS:
+        raise InputError(
+            f"{target[0]}x{target[1]} is more than {MAX_PIXELS // 1_000_000} megapixels; use a smaller size."
+        )
     if any(side % multiple for side in target):
         nearest = "x".join(str(max(1, int(side / multiple + 0.5)) * multiple) for side in target)
         raise InputError(f"This model needs sides that are multiples of {multiple}; use size {nearest}.")

@@ -111,5 +111,7 @@ def grid_points(size: tuple[int, int], n: int) -> Points:
     """n x n points spread evenly over a picture of (width, height), at whole pixels, row by row."""
     if n < 1:
         raise InputError(f"The grid needs at least 1 point per side, not {n}.")
+    if n > max(size):
+        raise InputError(f"A grid of {n} x {n} points is finer than the picture of {size[0]}x{size[1]} pixels.")
     x, y = (((torch.arange(n, dtype=torch.float64) + 0.5) * side / n - 0.5).round() for side in size)
     return torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).reshape(-1, 2)

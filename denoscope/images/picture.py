@@ -193,7 +193,7 @@ def _from_image(image: Image.Image, what: str) -> Float[Tensor, "3 height width"
         image = image.convert("RGBA")
     elif image.mode != "RGB":
         image = image.convert("RGB")
-    return _from_array(np.asarray(image), what)
+    return _from_array(np.array(image), what)
 
 
 def _from_array(array: np.ndarray, what: str) -> Float[Tensor, "3 height width"]:
@@ -220,7 +220,13 @@ def _from_array(array: np.ndarray, what: str) -> Float[Tensor, "3 height width"]
 def read_mask(
     source: str | Path | Image.Image | np.ndarray, size: tuple[int, int]
 ) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """A boolean mask `[H, W]` from an image (not black = inside), which must have the (width, height) of its picture."""
+    """A boolean mask `[H, W]` from an image (brighter than half = inside, transparent = outside), as large as its picture."""
+    if isinstance(source, str | Path):
+        with _opened(_existing(source)) as image:
+            return read_mask(image.copy(), size)
+    if isinstance(source, Image.Image) and source.has_transparency_data:
+        black = Image.new("RGBA", source.size, "black")
+        source = Image.alpha_composite(black, source.convert("RGBA")).convert("RGB")
     inside = read(source).pixels.amax(0).numpy() > 0.5
     if inside.shape[::-1] != size:
         raise InputError(f"The mask is {inside.shape[1]}x{inside.shape[0]} but its picture {size[0]}x{size[1]}.")

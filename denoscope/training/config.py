@@ -103,14 +103,30 @@ def read_denoiser_config(path: str | Path) -> DenoiserConfig:
     if not sources:
         raise InputError(f"{path} names no images; add at least one [[sources]] table with a path.")
     config: DenoiserConfig = _fill(DenoiserConfig, {**values, "sources": sources}, str(path))
-    stride = 2 ** (len(config.channels) - 1)
+    for field_ in fields(DenoiserConfig):
+        value = getattr(config, field_.name)
+        kind = type(field_.default)
+        if field_.name != "sources" and not isinstance(value, (int, float) if kind is float else kind):
+            raise InputError(f"{path}: {field_.name} must be like {field_.default!r}, not {value!r}.")
+    stride = 2 ** (len(config.channels) - 1) if config.channels else 1
+    groups = min(32, min(config.channels, default=0) // 2)
+    counts = (config.steps, config.batch, config.tokens - 2, config.head_dim, config.layers, config.align_points)
     checks = {
         f"size must be a multiple of {stride}": config.size % stride == 0 and config.size > 0,
+        "channels must be two or more numbers that share the divisor of half the smallest": len(config.channels) > 1
+        and groups > 0
+        and all(isinstance(c, int) and c > 0 and c % groups == 0 for c in config.channels),
+        "attention_levels must name levels of channels": set(config.attention_levels)
+        <= set(range(len(config.channels))),
+        "text_dim must be a positive multiple of 4": config.text_dim > 0 and config.text_dim % 4 == 0,
+        "beta_schedule must be 'linear', 'scaled_linear' or 'squaredcos_cap_v2'": config.beta_schedule
+        in ("linear", "scaled_linear", "squaredcos_cap_v2"),
         "prediction must be 'epsilon' or 'v_prediction'": config.prediction in ("epsilon", "v_prediction"),
-        "scale must be two shares with 0 < low <= high <= 1": 0 < config.scale[0] <= config.scale[-1] <= 1,
+        "scale must be two shares with 0 < low <= high <= 1": len(config.scale) == 2
+        and 0 < config.scale[0] <= config.scale[1] <= 1,
         "drop and decay must lie in [0, 1]": 0 <= config.drop <= 1 and 0 <= config.decay <= 1,
         "batch must be even when align is on": config.align == 0 or config.batch % 2 == 0,
-        "steps and batch must be at least 1": config.steps >= 1 and config.batch >= 1,
+        "steps, batch, head_dim, layers and align_points must be at least 1, tokens at least 3": min(counts) >= 1,
         "every source weight must be positive": all(s.weight > 0 for s in config.sources),
     }
     for sentence, holds in checks.items():

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from denoscope.errors import InputError, MissingError
+from denoscope.images import read
 from denoscope.training.config import DenoiserConfig, Source
 
 ARTICLES = ("{}", "a {}", "a photo of a {}")
@@ -32,23 +34,33 @@ def read_source(source: Source, root: str | Path = ".") -> list[Example]:
     path = Path(root) / source.path
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in {".jpg", ".jpeg", ".png", ".webp", ".bmp"})
-        rows = [(file.read_bytes(), file.parent.name) for file in files]
+        rows = [(file.read_bytes(), file.parent.name, str(file)) for file in files]
     elif path.is_file():
-        table = pq.read_table(path)
+        try:
+            table = pq.read_table(path)
+        except pa.ArrowInvalid:
+            raise InputError(f"{path} is neither a folder of images nor a parquet file.") from None
         if "img" not in table.column_names:
             raise InputError(f"{path} has no column 'img'; it must be parquet in the Hugging Face image layout.")
         features = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {})
         names = features.get("features", {}).get("label", {}).get("names")
         labels = table["label"].to_pylist() if names else [None] * table.num_rows
         rows = [
-            (cell["bytes"], "" if label is None else names[label])
-            for cell, label in zip(table["img"].to_pylist(), labels, strict=True)
+            (cell["bytes"], "" if label is None else names[label], f"row {i} of {path}")
+            for i, (cell, label) in enumerate(zip(table["img"].to_pylist(), labels, strict=True))
         ]
     else:
         raise MissingError(f"There are no training images at {path}; give the folder that holds them with --data.")
     if not rows:
         raise InputError(f"{path} holds no images.")
-    return [Example(Image.open(io.BytesIO(data)).convert("RGB"), _phrase(source, label)) for data, label in rows]
+    return [Example(_decoded(data, where), _phrase(source, label)) for data, label, where in rows]
+
+
+def _decoded(data: bytes, where: str) -> Image.Image:
+    try:
+        return read(Image.open(io.BytesIO(data))).image()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{where} is not an image that can be read ({error}).") from None
 
 
 def _phrase(source: Source, label: str) -> str:

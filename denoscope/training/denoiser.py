@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
+from denoscope.denoisers.loading import resolve_device
 from denoscope.errors import InputError
 from denoscope.sites import Skeleton, Watch, unet_sites
 from denoscope.training.config import DenoiserConfig
@@ -252,10 +253,11 @@ def train_denoiser(
     Raises InputError when `out` holds another configuration, MissingError when images are missing.
     """
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     _same_config(config, out)
     set_seed(config.seed)
-    cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    cpu = resolve_device(device).type == "cpu"
+    if mixed_precision not in ("auto", "no", "bf16", "fp16"):
+        raise InputError(f"Precision {mixed_precision!r} is unknown; use auto, no, bf16 or fp16.")
     precision = ("no" if cpu else "bf16") if mixed_precision == "auto" else mixed_precision
     accelerator = Accelerator(cpu=cpu, mixed_precision=precision)
     draws = Draws(config, data)
@@ -275,6 +277,8 @@ def train_denoiser(
         accelerator.load_state(str(found[-1]))
         step = int(found[-1].name.rpartition("-")[2])
         schedule.lr_lambdas = [rate(config)]
+    out.mkdir(parents=True, exist_ok=True)
+    _remember_config(config, out)  # only now: a run that cannot start must not claim the folder
     _forget_after(step, out / "loss.csv")
 
     def tokens(prompts: list[str]) -> Tensor:
@@ -341,25 +345,15 @@ def _forget_after(step: int, log: Path) -> None:
 def _same_config(config: DenoiserConfig, out: Path) -> None:
     """More steps may be added to a run; anything that changes the model or the draws may not."""
     file = out / "config.json"
-    free = {
-        "steps",
-        "decay",
-        "align",
-        "align_after",
-        "align_share",
-        "workers",
-        "checkpoint_every",
-        "sample_every",
-        "sample_prompts",
-        "lr",
-        "warmup",
-    }
-    now = json.loads(json.dumps(asdict(config)))
+    free = {"steps", "decay", "workers", "checkpoint_every", "sample_every", "sample_prompts", "lr", "warmup"}
     if file.exists():
-        before = json.loads(file.read_text())
+        now, before = json.loads(json.dumps(asdict(config))), json.loads(file.read_text())
         changed = [key for key in now if key not in free and key in before and now[key] != before[key]]
         if changed:
             raise InputError(f"{out} holds a run with another {changed[0]!r}; choose another --out or delete it.")
-    beside = file.with_suffix(".part")
-    beside.write_text(json.dumps(now, indent=2) + "\n")
-    beside.rename(file)
+
+
+def _remember_config(config: DenoiserConfig, out: Path) -> None:
+    beside = out / "config.part"
+    beside.write_text(json.dumps(asdict(config), indent=2) + "\n")
+    beside.rename(out / "config.json")
