@@ -1,4 +1,4 @@
-"""denoscope: read, audit and steer diffusion models.
+"""denoscope: read what diffusion models know about your photos.
 
 import denoscope as ds
 

@@ -116,8 +116,10 @@ def test_adm_files(tmp_path, adm):
     with pytest.raises(ds.InputError, match="unknown key 'channels'"):
         ds.load(tmp_path / "a.pt", device="cpu")
     (tmp_path / "c.pt").write_bytes(b"not weights")
-    with pytest.raises(ds.InputError, match="could not be loaded"):
-        ds.load(tmp_path / "c.pt", device="cpu")
+    torch.save({"model": state}, tmp_path / "d.pt")
+    for name in ("c.pt", "d.pt"):
+        with pytest.raises(ds.InputError, match="not a checkpoint of plain tensors"):
+            ds.load(tmp_path / name, device="cpu")
 
 
 def test_what_cannot_be_loaded_is_named(pipeline, tmp_path, monkeypatch):
@@ -126,6 +128,7 @@ def test_what_cannot_be_loaded_is_named(pipeline, tmp_path, monkeypatch):
     (tmp_path / "notes.txt").write_text("hello")
     for name, error, sentence in [
         ("no-such-model", ds.MissingError, "no model 'no-such-model'"),
+        ("", ds.MissingError, "no name"),
         (tmp_path / "empty", ds.MissingError, "not a diffusers folder"),
         (tmp_path / "notes.txt", ds.InputError, "not a checkpoint"),
         (tmp_path / "gone.safetensors", ds.MissingError, "no model"),

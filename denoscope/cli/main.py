@@ -13,7 +13,7 @@ from denoscope.errors import DenoscopeError
 
 app = typer.Typer(
     name="denoscope",
-    help="Read, audit and steer diffusion models.",
+    help="Read what diffusion models know about your photos.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -30,7 +30,7 @@ def front(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Read, audit and steer diffusion models."""
+    """Read what diffusion models know about your photos."""
     if version:
         from denoscope import __version__
 

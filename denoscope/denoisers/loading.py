@@ -61,6 +61,8 @@ def load(
     """
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)
+    if not str(name).strip():
+        raise MissingError("The model has no name; give 'seedling', a folder, a checkpoint file or a hub id.")
     path = SEEDLING if name == "seedling" else Path(name).expanduser()
     if path.is_dir():
         return _load_folder(str(path), str(name), place, kind)
@@ -172,7 +174,12 @@ def _load_adm(path: Path, device: torch.device, dtype: torch.dtype) -> ADMDenois
     if path.suffix == ".safetensors":
         state = _quietly(str(path), lambda: load_file(path))
     else:
-        state = _quietly(str(path), lambda: torch.load(path, map_location="cpu", weights_only=True))
+        try:
+            state = _quietly(str(path), lambda: torch.load(path, map_location="cpu", weights_only=True))
+        except InputError:
+            state = None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise InputError(f"{path} is not a checkpoint of plain tensors; it is not opened, since a pickle can run code.")
     given = _json(str(path.parent), path.with_suffix(".json").name) or {}
     fields = ADMConfig.__dataclass_fields__
     if unknown := sorted(set(given) - set(fields)):
