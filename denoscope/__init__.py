@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from denoscope.denoisers import Condition, Denoiser, Noise, NoiseSchedule, Site, Watch, load
     from denoscope.errors import DenoscopeError, InputError, MissingError
     from denoscope.features import FeatureMap, features
-    from denoscope.images import Clip, Frame, Picture, read, read_clip
+    from denoscope.images import Clip, Frame, Picture, read, read_clip, write
 
 __version__ = "0.1.0"
 
@@ -27,7 +27,7 @@ _HOMES = {
     "denoscope.denoisers": ("Condition", "Denoiser", "Noise", "NoiseSchedule", "Site", "Watch", "load"),
     "denoscope.errors": ("DenoscopeError", "InputError", "MissingError"),
     "denoscope.features": ("FeatureMap", "features"),
-    "denoscope.images": ("Clip", "Frame", "Picture", "read", "read_clip"),
+    "denoscope.images": ("Clip", "Frame", "Picture", "read", "read_clip", "write"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -54,6 +54,7 @@ __all__ = [
     "read",
     "read_clip",
     "transfer",
+    "write",
 ]
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import denoscope as ds
-from denoscope.benchmarks import pck, read_pairs
+from denoscope.benchmarks import Pair, pck, read_pairs
 from denoscope.images import Frame
 
 
@@ -185,3 +185,19 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     out = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
     assert int(out) * (1 if sys.platform == "darwin" else 1024) < 600e6
+
+
+@given(st.integers(0, 1000), st.integers(2, 8))
+def test_pck_properties(seed, count):
+    """Spec 7a.5."""
+    generator = torch.Generator().manual_seed(seed)
+    truth, guess = (torch.rand(count, 2, generator=generator, dtype=torch.float64) * 80 for _ in range(2))
+    pair = Pair("", "", "cat", truth, truth, (5.0, 5.0, 60.0, 90.0), (100, 100))
+    values = [pck([pair.correct(guess, alpha)])[0] for alpha in (0.01, 0.1, 0.3, 1, 2)]
+    assert values == sorted(values)
+    assert pck([pair.correct(guess)])[0] == pytest.approx(pck([pair.correct(guess)])[1])
+    assert pck([pair.correct(truth, 0.0)]) == (100, 100)
+    assert (pair.correct(guess, 0.2, "img") >= pair.correct(guess, 0.2, "bbox")).all()
+    edge = truth + torch.tensor([8.5, 0.0])  # exactly 0.1 of the box's longer side, 85
+    assert pair.correct(edge, 0.1 + 1e-12).all()
+    assert not pair.correct(edge, 0.1 - 1e-9).any()

@@ -7,8 +7,8 @@ from conftest import smooth_picture
 from PIL import Image
 
 import denoscope as ds
+from denoscope.images import atomically, read_mask
 from denoscope.images import picture as module
-from denoscope.images import read_mask
 
 
 @pytest.fixture
@@ -154,3 +154,22 @@ def test_resizing_is_pillows():
     picture = smooth_picture(0)
     wanted = np.asarray(picture.image().resize((33, 21))).astype(np.float32) / 127.5 - 1
     assert np.allclose(picture.resized((33, 21)).permute(1, 2, 0).numpy(), wanted, atol=1e-6)
+
+
+def test_what_is_written_reads_back(tmp_path, rgb):
+    picture = ds.read(rgb)
+    assert torch.equal(ds.read(ds.write(picture, tmp_path / "deep" / "a.png")).pixels, picture.pixels)
+    clip = ds.Clip(torch.stack([picture.pixels * 0, picture.pixels * 0 + 1]), 10.0)
+    for name in ("a.gif", "a.avi", "a.mp4"):
+        again = ds.read_clip(ds.write(clip, tmp_path / name))
+        assert (again.rate, again.pixels.shape) == (10, clip.pixels.shape)
+        assert (again.pixels - clip.pixels).abs().max() < 0.05
+    for what, name in ((picture, "a.txt"), (clip, "a.png"), (picture, "a")):
+        with pytest.raises(ds.InputError, match="cannot be written"):
+            ds.write(what, tmp_path / name)
+    (tmp_path / "a.png").write_bytes(b"before")
+    with pytest.raises(ZeroDivisionError):
+        atomically(tmp_path / "a.png", lambda path: path.write_bytes(b"half") / 0)
+    assert (tmp_path / "a.png").read_bytes() == b"before"  # nothing lost, nothing left
+    assert not list(tmp_path.glob("*.part*"))
+    assert not list(tmp_path.glob(".*"))

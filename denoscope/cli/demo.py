@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.table import Table
 
 from denoscope.cli import options
-from denoscope.cli.match import write_image
 
 PHOTOS = Path(__file__).parent.parent / "photos"
 
@@ -21,7 +20,7 @@ def demo(
 ) -> None:
     """Match points between real photos with the embedded model, and say how far off they are."""
     import denoscope as ds
-    from denoscope.images import as_points
+    from denoscope.images import as_points, write
     from denoscope.images.draw import contact_sheet
 
     console, denoiser = Console(), ds.load(model, device)
@@ -43,10 +42,8 @@ def demo(
         console.print(table)
         right = errors / extent <= 0.1
         console.print(f"{int(right.sum())} of {len(right)} within 10 % of the extent of the points.\n", highlight=False)
-        write_image(matches.draw(correct=right), out / f"{pair['name']}.png")
-        write_image(matches.draw(heat=True), out / f"{pair['name']}_heat.png")
-        write_image(
-            contact_sheet([matches.source.pca(), matches.target.pca()], side=320), out / f"{pair['name']}_pca.png"
-        )
+        write(matches.draw(correct=right), out / f"{pair['name']}.png")
+        write(matches.draw(heat=True), out / f"{pair['name']}_heat.png")
+        write(contact_sheet([matches.source.pca(), matches.target.pca()], side=320), out / f"{pair['name']}_pca.png")
         matches.save(out / f"{pair['name']}.json")
     print(f"Pictures and numbers: {out}")

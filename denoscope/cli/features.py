@@ -29,8 +29,8 @@ def features(
 ) -> None:
     """Save the features of every IMAGE; pictures that are done with the same settings are not done again."""
     import denoscope as ds
-    from denoscope.cli.match import write_image
     from denoscope.features import recipe
+    from denoscope.images import write
     from denoscope.images.picture import IMAGE_SUFFIXES
 
     files: list[Path] = []
@@ -55,7 +55,7 @@ def features(
             if fm is None:
                 fm = ds.features(denoiser, picture, preset=preset, seed=seed, **asked)
                 fm.recipe["asked"] = made
-                write_image(fm.pca(), out / f"{name}.png")
+                write(fm.pca(), out / f"{name}.png")
                 fm.save(target)
             last = fm
         except DenoscopeError as error:

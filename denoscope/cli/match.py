@@ -42,6 +42,7 @@ def match(
 ) -> None:
     """Find points of SOURCE in every TARGET; writes a picture and all numbers."""
     import denoscope as ds
+    from denoscope.images import atomically, write
     from denoscope.images.draw import draw_matches
 
     if heat and len(targets) > 1:
@@ -62,11 +63,12 @@ def match(
             picture, others, one.source_points, [m.points for m in found], scores=[m.scores for m in found]
         )
     )
-    write_image(drawn, out / "matches.png")
+    write(drawn, out / "matches.png")
     if len(found) == 1:
         one.save(out / "matches.json")
     else:
-        write_text(json.dumps([m.to_dict() for m in found], indent=2) + "\n", out / "matches.json")
+        text = json.dumps([m.to_dict() for m in found], indent=2) + "\n"
+        atomically(out / "matches.json", lambda path: path.write_text(text))
     print_matches(found, [str(target) for target in targets])
     print(f"Picture: {out / 'matches.png'}\nNumbers: {out / 'matches.json'}")
 
@@ -108,15 +110,3 @@ def print_matches(found: list[Any], names: list[str], most: int = 24) -> None:
         if len(matches) > most:
             table.add_row("…", "", f"{len(matches) - most} more")
     Console().print(table)
-
-
-def write_image(image: Any, path: Path) -> None:
-    beside = path.with_name(path.name + ".part")
-    image.save(beside, "png")
-    beside.replace(path)
-
-
-def write_text(text: str, path: Path) -> None:
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text)
-    beside.replace(path)

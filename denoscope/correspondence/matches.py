@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from denoscope.errors import InputError
 from denoscope.features import FeatureMap
-from denoscope.images import Points
+from denoscope.images import Points, atomically
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +73,6 @@ class Matches:
     def save(self, path: str | Path) -> Path:
         """Write by suffix: .json (everything), .csv (one row per match), .npz (arrays) or an image."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         out = io.BytesIO()
         match path.suffix.lower():
             case ".json":
@@ -98,7 +96,4 @@ class Matches:
                 raise InputError(
                     f"Matches are saved as .json, .csv, .npz, .png, .jpg or .webp, not {other or 'without suffix'}."
                 )
-        beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-        beside.write_bytes(out.getvalue())
-        beside.replace(path)
-        return path
+        return atomically(path, lambda beside: beside.write_bytes(out.getvalue()))

@@ -1,7 +1,6 @@
 """`FeatureMap`: dense features of one picture, where they lie in it, and how they were made."""
 
 import json
-import os
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from denoscope.errors import InputError, MissingError
-from denoscope.images import Frame, Picture, PointsLike, read
+from denoscope.images import Frame, Picture, PointsLike, atomically, read
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,12 +105,9 @@ class FeatureMap:
         path = Path(path)
         if path.suffix != ".safetensors":
             raise InputError(f"Features are saved as .safetensors, not {path.suffix or 'a file without suffix'}.")
-        path.parent.mkdir(parents=True, exist_ok=True)
         meta = {"frame": json.dumps(self.frame.to_dict()), "recipe": json.dumps(self.recipe)}
-        beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-        save_file({"values": self.values.contiguous().cpu()}, beside, metadata=meta)
-        beside.replace(path)
-        return path
+        values = {"values": self.values.contiguous().cpu()}
+        return atomically(path, lambda beside: save_file(values, beside, metadata=meta))
 
     @classmethod
     def load(cls, path: str | Path) -> "FeatureMap":

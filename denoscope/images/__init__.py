@@ -2,6 +2,7 @@
 
 from denoscope.images.frame import Frame, Points, PointsLike, as_points, grid_points
 from denoscope.images.picture import Clip, Picture, read, read_clip, read_mask
+from denoscope.images.writing import atomically, write
 
 __all__ = [
     "Clip",
@@ -10,8 +11,10 @@ __all__ = [
     "Points",
     "PointsLike",
     "as_points",
+    "atomically",
     "grid_points",
     "read",
     "read_clip",
     "read_mask",
+    "write",
 ]
