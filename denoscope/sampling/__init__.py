@@ -1,0 +1,1 @@
+"""Sampling: one loop over diffusion steps, and guidance that is computed only where it counts."""
