@@ -5,9 +5,9 @@ Written for inference on published checkpoints: the state dict has the keys of t
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -19,12 +19,15 @@ from denoscope.denoisers.schedule import NoiseSchedule, Timestep
 from denoscope.errors import InputError
 from denoscope.sites import Site, Skeleton
 
+Network = TypeVar("Network", bound=nn.Module)
+
 
 @dataclass(frozen=True)
 class ADMConfig:
     """Shape of the network; the defaults are the unconditional 256x256 ImageNet model.
 
     attention_resolutions: strides at which attention layers follow the residual blocks. out_channels: 6 with learned variance.
+    image_size: side of the pictures it was trained on, in pixels.
     """
 
     model_channels: int = 256
@@ -35,6 +38,7 @@ class ADMConfig:
     attention_resolutions: tuple[int, ...] = (8, 16, 32)
     num_head_channels: int = 64
     num_classes: int | None = None
+    image_size: int = 256
 
 
 class Norm(nn.GroupNorm):
@@ -159,6 +163,21 @@ class ADMUNet(nn.Module):
         return self.out(x)
 
 
+def fitted(network: Callable[[Any], Network], config: Any, state: Mapping[str, Tensor], unfit: str) -> Network:
+    """`network(config)` with the weights of `state`, frozen, or InputError beginning with `unfit` when they do not fit."""
+    with torch.device("meta"):
+        made = network(config)
+    expected = made.state_dict()
+    for key in [*expected, *state]:
+        if key not in state or key not in expected or state[key].shape != expected[key].shape:
+            raise InputError(
+                f"{unfit} of the expected architecture (first difference: {key}); describe another one in a .json file "
+                f"beside it, with the keys {', '.join(asdict(config))}."
+            )
+    made.load_state_dict(dict(state), assign=True)
+    return made.requires_grad_(False).eval()
+
+
 def adm_sites(config: ADMConfig) -> list[Site]:
     """`in.N`, `mid`, `out.N` as the published code numbers its blocks; `down.L` and `up.L` name the last one of a level."""
     levels, layers = len(config.channel_mult), config.num_res_blocks + 1
@@ -186,17 +205,7 @@ class ADMDenoiser:
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor], config: ADMConfig, name: str = "adm") -> "ADMDenoiser":
         """Raises InputError when the weights do not have the shape that `config` describes."""
-        with torch.device("meta"):
-            unet = ADMUNet(config)
-        expected = unet.state_dict()
-        for key in [*expected, *state]:
-            if key not in state or key not in expected or state[key].shape != expected[key].shape:
-                raise InputError(
-                    f"{name} is not an ADM checkpoint of the expected architecture (first difference: {key}); describe "
-                    f"another one in a .json file beside it, with the keys {', '.join(asdict(config))}."
-                )
-        unet.load_state_dict(dict(state), assign=True)
-        return cls(unet.requires_grad_(False).eval(), name=name)
+        return cls(fitted(ADMUNet, config, state, f"{name} is not an ADM checkpoint"), name=name)
 
     @property
     def network(self) -> nn.Module:
@@ -229,9 +238,19 @@ class ADMDenoiser:
             raise InputError(f"{self.name} needs a class number from 0 to {classes - 1} for every picture.")
         return Condition(extra={"labels": torch.tensor(list(prompts), device=self.device)})
 
-    def predict(self, noisy: Tensor, t: Timestep, condition: Condition) -> Tensor:
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+        config = self.unet.config
+        sides = (height or config.image_size, width or config.image_size)
+        if any(side < 1 or side % self.multiple for side in sides):
+            raise InputError(f"{self.name} makes pictures whose sides are multiples of {self.multiple} pixels.")
+        return (config.in_channels, *sides)
+
+    def output(self, noisy: Tensor, t: float | Tensor, condition: Condition) -> Tensor:
         steps = torch.as_tensor(t, device=noisy.device).expand(noisy.shape[0])
-        output = self.unet(noisy.to(self.dtype), steps, **condition.expand(noisy.shape[0]).extra).float()
+        return self.unet(noisy.to(self.dtype), steps, **condition.expand(noisy.shape[0]).extra).float()
+
+    def predict(self, noisy: Tensor, t: Timestep, condition: Condition) -> Tensor:
+        output = self.output(noisy, torch.as_tensor(t), condition)
         return self.schedule.eps(output[:, : noisy.shape[1]], noisy.float(), t)
 
     def sites(self, sizes: bool = True) -> list[Site]:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,7 @@ def _load_folder(source: str, name: str, device: torch.device, dtype: torch.dtyp
         raise MissingError(
             f"{name} has no scheduler_config.json, so its noise levels are unknown; put it beside the model."
         )
+    own = _json(source, "denoscope.json") or {}
     has_text = "text_encoder" in parts and "tokenizer" in parts
     return UNetDenoiser(
         weights("unet"),
@@ -116,7 +117,8 @@ def _load_folder(source: str, name: str, device: torch.device, dtype: torch.dtyp
         vae=weights("vae") if "vae" in parts else weights("vqvae") if "vqvae" in parts else None,
         text=TextEncoder(part("tokenizer"), weights("text_encoder")) if has_text else None,
         name=name,
-        presets=(_json(source, "denoscope.json") or {}).get("presets"),
+        presets=own.get("presets"),
+        null_class=own.get("null_class"),
     )
 
 
@@ -168,7 +170,8 @@ def _quietly(name: str, action: Callable[[], Any]) -> Any:
         raise InputError(f"{name} could not be loaded: {reason}") from error
 
 
-def _load_adm(path: Path, device: torch.device, dtype: torch.dtype) -> ADMDenoiser:
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The state dict in a checkpoint file; a pickle may hold nothing but tensors."""
     if path.suffix not in CHECKPOINTS:
         raise InputError(f"{path} is not a checkpoint; supported files are {', '.join(sorted(CHECKPOINTS))}.")
     if path.suffix == ".safetensors":
@@ -180,12 +183,20 @@ def _load_adm(path: Path, device: torch.device, dtype: torch.dtype) -> ADMDenois
             state = None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise InputError(f"{path} is not a checkpoint of plain tensors; it is not opened, since a pickle can run code.")
+    return state
+
+
+def _described(path: Path, known: Iterable[str]) -> dict[str, Any]:
+    """What the .json beside a checkpoint says of it; lists become tuples."""
     given = _json(str(path.parent), path.with_suffix(".json").name) or {}
-    fields = ADMConfig.__dataclass_fields__
-    if unknown := sorted(set(given) - set(fields)):
-        raise InputError(f"{path.with_suffix('.json')}: unknown key {unknown[0]!r}; known are {', '.join(fields)}.")
-    shape: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
-    config = ADMConfig(**shape)
+    if unknown := sorted(set(given) - set(known)):
+        raise InputError(f"{path.with_suffix('.json')}: unknown key {unknown[0]!r}; known are {', '.join(known)}.")
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+
+
+def _load_adm(path: Path, device: torch.device, dtype: torch.dtype) -> ADMDenoiser:
+    state = _tensors(path)
+    config = ADMConfig(**_described(path, ADMConfig.__dataclass_fields__))
     denoiser = ADMDenoiser.from_state_dict({k: v.to(dtype) for k, v in state.items()}, config, path.stem)
     denoiser.unet.to(device)
     return denoiser

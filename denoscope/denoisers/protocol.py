@@ -40,6 +40,11 @@ class Condition:
         tokens = None if self.tokens is None else rows(self.tokens)
         return Condition(tokens, {name: rows(value) for name, value in self.extra.items()})
 
+    def beside(self, other: "Condition") -> "Condition":
+        """The rows of this one and then those of another, for one forward pass over both."""
+        tokens = None if self.tokens is None or other.tokens is None else torch.cat([self.tokens, other.tokens])
+        return Condition(tokens, {name: torch.cat([value, other.extra[name]]) for name, value in self.extra.items()})
+
 
 @dataclass(frozen=True, eq=False)
 class Posterior:
@@ -95,6 +100,19 @@ class Denoiser(Protocol):
         """Condition for prompts or class labels, one row each; None is the unconditional one, `batch` rows.
 
         Raises InputError when the model cannot be told such a thing.
+        """
+        ...
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+        """[channels, *size] of the latents of a picture of so many pixels; without a size, as the model was trained."""
+        ...
+
+    def output(
+        self, noisy: Float[Tensor, "batch channels *size"], t: float | Tensor, condition: Condition
+    ) -> Float[Tensor, "batch outputs *size"]:
+        """What the network itself returns, float32: `schedule.prediction`, and beyond `channels` what it says of variances.
+
+        t: as the network is told it (`schedule.timestep`), fractions included. Follows the caller's grad mode.
         """
         ...
 

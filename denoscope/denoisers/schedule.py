@@ -7,7 +7,7 @@ rounded once, where they meet a tensor.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,15 +22,80 @@ Timestep = int | Tensor
 
 
 @dataclass(frozen=True, eq=False)
+class Prediction:
+    """What a network said about `x = a x_0 + s eps`, in the terms it was said in; other terms on request.
+
+    kind: "epsilon" (eps), "v_prediction" (`a eps - s x_0`), "sample" (x_0) or "flow" (`eps - x_0`). a, s: signal and noise
+    level of x, with `a^2 + s^2 = 1` (or `a + s = 1` for flow). Nothing is divided by a level unless the terms differ by it.
+    """
+
+    value: Float[Tensor, "batch channels *size"]
+    kind: str
+    x: Float[Tensor, "batch channels *size"]
+    a: Any
+    s: Any
+
+    @property
+    def x0(self) -> Tensor:
+        """The clean sample."""
+        match self.kind:
+            case "epsilon":
+                return (self.x - self.s * self.value) / self.a
+            case "v_prediction":
+                return self.a * self.x - self.s * self.value
+            case "sample":
+                return self.value
+            case _:
+                return self.x - self.s * self.value
+
+    @property
+    def eps(self) -> Tensor:
+        """The noise."""
+        match self.kind:
+            case "epsilon":
+                return self.value
+            case "v_prediction":
+                return self.s * self.x + self.a * self.value
+            case "sample":
+                return (self.x - self.a * self.value) / self.s
+            case _:
+                return self.x + self.a * self.value  # eps = x + (1 - s) (eps - x_0)
+
+    def to(self, kind: str) -> Tensor:
+        """The same in other terms."""
+        if kind == self.kind:
+            return self.value
+        match kind:
+            case "epsilon":
+                return self.eps
+            case "v_prediction":
+                return self.a * self.eps - self.s * self.x0
+            case "sample":
+                return self.x0
+            case _:
+                return self.eps - self.x0
+
+    def moved(self, gradient: Tensor) -> "Prediction":
+        """With eps moved by `-s gradient`, and x_0 by `s^2 / a gradient`: guidance of the score (Dhariwal and Nichol, eq. 14)."""
+        factor = {"epsilon": -self.s, "sample": self.s**2 / self.a}.get(self.kind, -self.s / self.a)
+        return self.given(self.value + factor * gradient)
+
+    def given(self, value: Tensor, kind: str | None = None) -> "Prediction":
+        """Another prediction at the same place."""
+        return replace(self, value=value, kind=kind or self.kind)
+
+
+@dataclass(frozen=True, eq=False)
 class NoiseSchedule:
     """signal `a_t` and noise `s_t` for every training timestep, and what the network predicts there.
 
-    prediction: "epsilon" (eps), "v_prediction" (`a eps - s x_0`), "sample" (x_0) or "flow" (`eps - x_0`).
+    prediction: the kind of `Prediction` that the network makes. config: the scheduler configuration it was read from.
     """
 
     signal: Float[Tensor, " steps"]
     noise: Float[Tensor, " steps"]
     prediction: str = "epsilon"
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
@@ -61,7 +126,7 @@ class NoiseSchedule:
             shift = config.get("shift", 1.0) if not config.get("use_dynamic_shifting") else 1.0
             s = torch.arange(1, steps + 1, dtype=torch.float64) / steps
             s = shift * s / (1 + (shift - 1) * s)
-            return cls(1 - s, s, "flow")
+            return cls(1 - s, s, "flow", dict(config))
         low, high = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
         name = config.get("beta_schedule", "linear")
         if config.get("trained_betas") is not None:
@@ -78,11 +143,11 @@ class NoiseSchedule:
             betas = (high - low) / (1 + np.exp(-np.linspace(-6, 6, steps))) + low
         else:
             raise InputError(f"Unknown beta schedule {name!r} in the scheduler configuration.")
-        schedule = cls.from_betas(betas, config.get("prediction_type", "epsilon"))
+        schedule = replace(cls.from_betas(betas, config.get("prediction_type", "epsilon")), config=dict(config))
         if config.get("rescale_betas_zero_snr"):  # Lin et al., arXiv 2305.08891, algorithm 1
             a = schedule.signal
             a = (a - a[-1]) * a[0] / (a[0] - a[-1])
-            schedule = cls(a, (1 - a**2).sqrt(), schedule.prediction)
+            schedule = replace(schedule, signal=a, noise=(1 - a**2).sqrt())
         return schedule
 
     def check(self, t: int) -> int:
@@ -104,33 +169,22 @@ class NoiseSchedule:
         a, s = self.at(t, x0)
         return a * x0 + s * eps
 
+    def timestep(self, t: Timestep) -> Tensor:
+        """What the network is told for training timestep t: t itself, or the noise level on its scale for a flow."""
+        index = torch.as_tensor(t, device="cpu")
+        return self.noise[index] * len(self) if self.prediction == "flow" else index
+
+    def _prediction(self, value: Tensor, kind: str, x_t: Tensor, t: Timestep) -> Prediction:
+        return Prediction(value, kind, x_t, *self.at(t, x_t))
+
     def eps(self, output: Tensor, x_t: Tensor, t: Timestep) -> Tensor:
         """The noise in `x_t` according to the network's output, whatever the network predicts."""
-        a, s = self.at(t, x_t)
-        match self.prediction:
-            case "epsilon":
-                return output
-            case "v_prediction":
-                return s * x_t + a * output
-            case "sample":
-                return (x_t - a * output) / s
-            case _:
-                return x_t + a * output  # eps = x_t + (1 - s) (eps - x0)
+        return self._prediction(output, self.prediction, x_t, t).eps
 
     def x0(self, eps: Tensor, x_t: Tensor, t: Timestep) -> Tensor:
         """The clean sample implied by a noise: `(x_t - s_t eps) / a_t`."""
-        a, s = self.at(t, x_t)
-        return (x_t - s * eps) / a
+        return self._prediction(eps, "epsilon", x_t, t).x0
 
     def output(self, eps: Tensor, x_t: Tensor, t: Timestep) -> Tensor:
         """What the network would have to output for `eps`; the inverse of `eps(output)`."""
-        a, _ = self.at(t, x_t)
-        match self.prediction:
-            case "epsilon":
-                return eps
-            case "v_prediction":
-                return a * eps - self.at(t, x_t)[1] * self.x0(eps, x_t, t)
-            case "sample":
-                return self.x0(eps, x_t, t)
-            case _:
-                return eps - self.x0(eps, x_t, t)
+        return self._prediction(eps, "epsilon", x_t, t).to(self.prediction)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from denoscope.denoisers.protocol import Condition, Posterior
@@ -17,7 +18,10 @@ from denoscope.sites import Site, Skeleton, unet_sites
 
 
 class UNetDenoiser:
-    """A `UNet2DConditionModel` or `UNet2DModel` with an optional `AutoencoderKL` and an optional text encoder."""
+    """A `UNet2DConditionModel` or `UNet2DModel` with an optional `AutoencoderKL` and an optional text encoder.
+
+    null_class: the class number that stands for "any" in class-conditional models trained with dropped labels.
+    """
 
     def __init__(
         self,
@@ -28,17 +32,18 @@ class UNetDenoiser:
         text: TextEncoder | None = None,
         name: str = "unet",
         presets: Mapping[str, Mapping[str, Any]] | None = None,
+        null_class: int | None = None,
     ):
         channels = unet.config.in_channels
-        expected = vae.config.latent_channels if vae is not None else 3
-        if channels != expected:
+        expected = (vae.config.latent_channels,) if vae is not None else (1, 3)
+        if channels not in expected:
             what = "latent" if vae is not None else "pixel"
             raise InputError(
-                f"{name} takes {channels} input channels where {expected} {what} channels are required; inpainting, "
+                f"{name} takes {channels} input channels where {expected[-1]} {what} channels are required; inpainting, "
                 "upscaling and depth models cannot be read, use the base text-to-image model."
             )
         self.unet, self.vae, self.text = unet, vae, text
-        self.schedule, self.name, self.presets = schedule, name, presets or {}
+        self.schedule, self.name, self.presets, self.null_class = schedule, name, presets or {}, null_class
         self.family = "stable-diffusion" if vae is not None else "pixel"
         self.multiple = 1
         depth = len(unet.config.block_out_channels) - 1
@@ -61,7 +66,7 @@ class UNetDenoiser:
     def posterior(self, pixels: Tensor) -> Posterior:
         pixels = pixels.to(self.device)
         if self.vae is None:
-            return Posterior(pixels)
+            return Posterior(pixels.mean(1, keepdim=True) if self.unet.config.in_channels == 1 else pixels)
         distribution = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         scale, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
         return Posterior((distribution.mean.float() - shift) * scale, distribution.std.float() * scale)
@@ -69,10 +74,9 @@ class UNetDenoiser:
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         return self.posterior(pixels).sample(noise)
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         if self.vae is None:
-            return latents
+            return latents.expand(-1, 3, *latents.shape[2:])
         scale, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
         return self.vae.decode((latents / scale + shift).to(self.vae.dtype)).sample.float()
 
@@ -84,8 +88,9 @@ class UNetDenoiser:
             return Condition(self.text([str(prompt) for prompt in asked]))
         classes = self.unet.config.get("num_class_embeds")
         if classes:
-            if prompts is None:
+            if prompts is None and self.null_class is None:
                 raise InputError(f"{self.name} needs a class number from 0 to {classes - 1} for every picture.")
+            prompts = [self.null_class] * batch if prompts is None else prompts
             if not all(isinstance(label, int) and 0 <= label < classes for label in prompts):
                 raise InputError(f"{self.name} takes class numbers from 0 to {classes - 1}, not {list(prompts)}.")
             return Condition(extra={"class_labels": torch.tensor(list(prompts), device=self.device)})
@@ -93,13 +98,26 @@ class UNetDenoiser:
             raise InputError(f"{self.name} is unconditional; leave the prompt empty.")
         return Condition()
 
-    def predict(self, noisy: Tensor, t: Timestep, condition: Condition) -> Tensor:
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+        stride = 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 1
+        unit = 1 if isinstance(self.unet, UNet2DConditionModel) else 2 ** (len(self.unet.config.block_out_channels) - 1)
+        own = self.unet.config.sample_size or 64
+        sides = [own, own] if isinstance(own, int) else list(own)
+        asked = [side if pixels is None else pixels / stride for pixels, side in zip((height, width), sides, strict=True)]
+        if any(side < 1 or side % unit for side in asked):
+            raise InputError(f"{self.name} makes pictures whose sides are multiples of {stride * unit} pixels.")
+        return (self.unet.config.in_channels, *map(int, asked))
+
+    def output(self, noisy: Tensor, t: float | Tensor, condition: Condition) -> Tensor:
         condition = condition.expand(noisy.shape[0])
         given: dict[str, Any] = {name: value.to(noisy.device) for name, value in condition.extra.items()}
         if condition.tokens is not None:
             given["encoder_hidden_states"] = condition.tokens.to(self.dtype)
-        output = self.unet(noisy.to(self.dtype), t, return_dict=False, **given)[0].float()
-        return self.schedule.eps(output[:, : noisy.shape[1]], noisy.float(), t)  # beyond: learned variances
+        return self.unet(noisy.to(self.dtype), t, return_dict=False, **given)[0].float()
+
+    def predict(self, noisy: Tensor, t: Timestep, condition: Condition) -> Tensor:
+        output = self.output(noisy, self.schedule.timestep(t).to(noisy.device), condition)
+        return self.schedule.eps(output[:, : noisy.shape[1]], noisy.float(), t)
 
     def sites(self, sizes: bool = True) -> list[Site]:
         if not sizes:

@@ -42,5 +42,5 @@ class Chart:
 @contextmanager
 def chart(width: float, height: float, columns: int = 1, rows: int = 1) -> Iterator[Chart]:
     """A chart of `width` x `height` inches, with `rows` x `columns` panels (`.panels`; `.axes` is the first)."""
-    with rc_context(STYLE):
+    with rc_context(STYLE):  # pyright: ignore[reportArgumentType]
         yield Chart(width, height, columns, rows)

@@ -158,7 +158,7 @@ class GuidanceSchedule:
         if rule == "multiplicity":
             return self.counts
         weights, n = [0] * len(self), len(self)
-        for j, following in zip(self.positions, [*self.positions[1:], n], strict=True):
+        for j, following in zip(self.positions, [*self.positions[1:], n], strict=False):
             weights[j] = following - j if rule == "gap" else 1
         return tuple(weights)
 
