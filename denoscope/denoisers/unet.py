@@ -88,12 +88,13 @@ class UNetDenoiser:
             return Condition(self.text([str(prompt) for prompt in asked]))
         classes = self.unet.config.get("num_class_embeds")
         if classes:
-            if prompts is None and self.null_class is None:
+            null = [] if self.null_class is None else [self.null_class] * batch
+            labels = null if prompts is None else list(prompts)
+            if not labels:
                 raise InputError(f"{self.name} needs a class number from 0 to {classes - 1} for every picture.")
-            prompts = [self.null_class] * batch if prompts is None else prompts
-            if not all(isinstance(label, int) and 0 <= label < classes for label in prompts):
-                raise InputError(f"{self.name} takes class numbers from 0 to {classes - 1}, not {list(prompts)}.")
-            return Condition(extra={"class_labels": torch.tensor(list(prompts), device=self.device)})
+            if not all(isinstance(label, int) and 0 <= label < classes for label in labels):
+                raise InputError(f"{self.name} takes class numbers from 0 to {classes - 1}, not {labels}.")
+            return Condition(extra={"class_labels": torch.tensor(labels, device=self.device)})
         if prompts is not None and any(prompt != "" for prompt in prompts):
             raise InputError(f"{self.name} is unconditional; leave the prompt empty.")
         return Condition()
@@ -101,12 +102,15 @@ class UNetDenoiser:
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
         stride = 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 1
         unit = 1 if isinstance(self.unet, UNet2DConditionModel) else 2 ** (len(self.unet.config.block_out_channels) - 1)
-        own = self.unet.config.sample_size or 64
+        config: Any = self.unet.config
+        own = config.sample_size or 64
         sides = [own, own] if isinstance(own, int) else list(own)
-        asked = [side if pixels is None else pixels / stride for pixels, side in zip((height, width), sides, strict=True)]
+        asked = [
+            side if pixels is None else pixels / stride for pixels, side in zip((height, width), sides, strict=True)
+        ]
         if any(side < 1 or side % unit for side in asked):
             raise InputError(f"{self.name} makes pictures whose sides are multiples of {stride * unit} pixels.")
-        return (self.unet.config.in_channels, *map(int, asked))
+        return (config.in_channels, *map(int, asked))
 
     def output(self, noisy: Tensor, t: float | Tensor, condition: Condition) -> Tensor:
         condition = condition.expand(noisy.shape[0])

@@ -45,8 +45,9 @@ class CompressGuidance(BaseGuidance):
     base: the formula: plain classifier-free guidance, APG (Sadat et al., arXiv 2410.02416; its momentum only sees guided
         steps) or CFG-Zero* (Fan et al., arXiv 2503.18886; steps that it sets to zero are zero whether chosen or not, cost
         one network call and leave nothing to reuse). base_options: further arguments of diffusers' guider of that name.
-    order: network calls a step: 2 for Heun, KDPM2 and their kin, so that both calls of a step are treated alike.
-        PNDM, which makes one call more than steps, needs none: that call is treated as the last step.
+    order: network calls a step: 2 for Heun, KDPM2 and their kin, so that both calls of a step are treated alike; but 1 where
+        a pipeline is given timesteps, sigmas or denoising_end, for then diffusers itself counts calls as steps. 1 for PNDM
+        too, whose one call more than steps is treated as the last step.
 
     All arguments are plain numbers, strings and lists: `save_pretrained`, `from_pretrained`, `from_config` and
     `new(guidance_scale=…)` work as for every guider. Wan 2.2 has two guiders, each seeing part of the steps: give it two
@@ -129,8 +130,7 @@ class CompressGuidance(BaseGuidance):
         super().set_state(step, n, timestep)
         position = min(step // order, n - 1)
         weight = self._weights[position]
-        self._zeroed = position < self.zero_init_steps
-        self.guided = self._active and weight > 0 and not self._zeroed
+        self.guided = self._active and weight > 0 and position >= self.zero_init_steps
 
         base, extra = self._base, self.guidance_scale - self._unguided_scale
         base.guidance_scale = self.guidance_scale + (weight - 1) * extra if self.guided else self._unguided_scale
@@ -151,11 +151,11 @@ class CompressGuidance(BaseGuidance):
 
     def __call__(self, data: list[Any]) -> GuiderOutput:
         """Combine the batches' predictions (their `noise_pred`)."""
-        return self._reuse(self._base(data))
+        return self._finish(self._base(data))
 
     def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> GuiderOutput:
         """Combine predictions of equal shape; `pred_uncond` is needed on guided steps only."""
-        return self._reuse(self._base.forward(pred_cond, pred_uncond))
+        return self._finish(self._base.forward(pred_cond, pred_uncond))
 
     def get_state(self) -> dict[str, Any]:
         """What `repr` shows: diffusers' entries, whether this step is guided and the run's guided steps."""
@@ -172,8 +172,10 @@ class CompressGuidance(BaseGuidance):
         neutral = math.isclose(self.guidance_scale, self._unguided_scale)
         return self._enabled and not neutral and self.config["positions"] != []
 
-    def _reuse(self, output: Any) -> GuiderOutput:
-        if self.config["rule"] != "reuse" or not self._active or self._zeroed:
+    def _finish(self, output: Any) -> GuiderOutput:
+        if self._step is None:
+            raise InputError("The guider knows no step; call set_state(step, num_inference_steps, timestep) before it.")
+        if self.config["rule"] != "reuse" or not self._active:
             return output
         if self.guided:
             self._update = output.pred - output.pred_cond

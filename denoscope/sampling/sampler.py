@@ -137,7 +137,7 @@ def trajectory(
     ratio = taken.gap_ratio if isinstance(taken, Respaced) and taken.variance != "learned" else None
     judge = None if classifier is None else classifier.begin(total, ratio)
     _warn(guidance, classifier, taken.multistep)
-    targets = None if classifier is None else classifier.classifier.check_labels(labels, n).to(device)
+    targets = None if classifier is None or labels is None else classifier.classifier.check_labels(labels, n).to(device)
     away: Condition | None = None
     if guide is not None and any(guide.wants(j) for j in range(total)):
         assert guidance is not None

@@ -58,8 +58,8 @@ class Samples:
             case ".json":
                 atomically(path, lambda part: part.write_text(json.dumps(self.record, indent=2) + "\n"))
             case ".npz":
-                arrays = {"arr_0": self.uint8(), "arr_1": np.array(self.labels)}
-                atomically(path, lambda part: np.savez(part, **arrays))
+                pictures, labels = self.uint8(), np.array(self.labels)
+                atomically(path, lambda part: np.savez(part, arr_0=pictures, arr_1=labels))
             case other:
                 raise InputError(f"Samples are saved as .png, .json or .npz, not {other or 'without a suffix'}.")
 
