@@ -65,12 +65,14 @@ def test_second_prediction_on_guided_steps_only():
         assert guider.guided
 
 
-def test_pipelines_are_told_two_conditions_before_during_and_after_a_run():
+def test_conditions_before_during_and_after_a_run():
     guider = CompressGuidance(positions=[0, 3])
     assert guider.num_conditions == 2
     loop(guider)
     assert guider.num_conditions == 2
-    assert len(begin(guider, 1)) == 1  # a step that fails in the network ends here
+    for j, count in ((0, 2), (1, 1), (3, 2), (4, 1)):
+        assert len(begin(guider, j)) == count == guider.num_conditions
+    guider.prepare_models(None)  # and the network fails: the next run must encode the negative prompt
     assert guider.num_conditions == 2
     assert "guided: False" in repr(guider)
     assert "positions: (0, 3)" in repr(guider)

@@ -83,6 +83,7 @@ class CompressGuidance(BaseGuidance):
         self._base = _stock_guider(base, base_options or {})
         # Helios' loop looks for this attribute, and sets it to 0 in its later stages.
         self.zero_init_steps: int = getattr(self._base, "zero_init_steps", 0)
+        self._choosing = False  # between set_state and the step's first network call
         self.guided = False  # whether the step in hand computes the unconditional prediction
         self._update: Tensor | None = None  # rule "reuse": guided minus conditional prediction of the last guided step
         self.schedule(LONGEST if steps is None else steps)  # bad settings fail here rather than in the loop
@@ -106,12 +107,12 @@ class CompressGuidance(BaseGuidance):
 
     @property
     def num_conditions(self) -> int:
-        """The largest number of predictions that any step needs: 2, or 1 where nothing is ever guided.
+        """Predictions needed: of the step in hand (2 or 1) until its first network call, else the most that any step needs.
 
-        Pipelines ask before the loop, to know whether the negative prompt must be encoded, and a guider cannot tell "before"
-        from "in a step that failed" or from "after". So this never depends on the step; `prepare_inputs` and `guided` do.
+        Pipelines ask before the loop, to know whether the negative prompt must be encoded. A step that fails does so in its
+        network call, so the answer has gone back to the maximum by then, and the next run encodes what it needs.
         """
-        return 2 if self._active else 1
+        return 1 + (self.guided if self._choosing else self._active)
 
     @property
     def is_conditional(self) -> bool:
@@ -131,6 +132,7 @@ class CompressGuidance(BaseGuidance):
         position = min(step // order, n - 1)
         weight = self._weights[position]
         self.guided = self._active and weight > 0 and position >= self.zero_init_steps
+        self._choosing = True
 
         base, extra = self._base, self.guidance_scale - self._unguided_scale
         base.guidance_scale = self.guidance_scale + (weight - 1) * extra if self.guided else self._unguided_scale
@@ -148,6 +150,11 @@ class CompressGuidance(BaseGuidance):
     def prepare_inputs_from_block_state(self, data: Any, input_fields: dict[str, Any]) -> list[Any]:
         """The same from a block state; `input_fields` holds attribute names instead of tensors."""
         return self._base.prepare_inputs_from_block_state(data, input_fields)
+
+    def prepare_models(self, denoiser: Any) -> None:
+        """Called before each network call of a step."""
+        self._choosing = False
+        super().prepare_models(denoiser)
 
     def __call__(self, data: list[Any]) -> GuiderOutput:
         """Combine the batches' predictions (their `noise_pred`)."""
@@ -175,6 +182,7 @@ class CompressGuidance(BaseGuidance):
     def _finish(self, output: Any) -> GuiderOutput:
         if self._step is None:
             raise InputError("The guider knows no step; call set_state(step, num_inference_steps, timestep) before it.")
+        self._choosing = False
         if self.config["rule"] != "reuse" or not self._active:
             return output
         if self.guided:

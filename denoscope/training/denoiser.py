@@ -29,8 +29,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
+from denoscope.denoisers import NoiseSchedule
 from denoscope.denoisers.loading import resolve_device
+from denoscope.denoisers.text import TextEncoder
+from denoscope.denoisers.unet import UNetDenoiser
 from denoscope.errors import InputError
+from denoscope.sampling import ClassifierFree, sample
 from denoscope.sites import Skeleton, Watch, unet_sites
 from denoscope.training.config import DenoiserConfig
 from denoscope.training.data import Draws
@@ -181,21 +185,16 @@ def rate(config: DenoiserConfig) -> Callable[[int], float]:
     return at
 
 
-@torch.no_grad()
 def samples(
-    model: Denoising, scheduler: DDIMScheduler, tokens: Tensor, empty: Tensor, size: int, guidance: float = 3.0
+    model: Denoising, tokenizer: PreTrainedTokenizerFast, scheduler: DDIMScheduler, prompts: Sequence[str], size: int
 ) -> Image.Image:
-    """A contact sheet of four samples a prompt (rows), by 25 DDIM steps with classifier-free guidance."""
-    device, prompts = tokens.device, len(tokens)
-    x = torch.randn(4 * prompts, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
-    both = torch.cat([tokens.repeat_interleave(4, 0), empty.expand(4 * prompts, -1)])
-    scheduler.set_timesteps(25, device=device)
-    for t in scheduler.timesteps:
-        conditional, unconditional = model(torch.cat([x, x]), t, both).float().chunk(2)
-        guided = unconditional + guidance * (conditional - unconditional)
-        x = scheduler.step(guided, t, x, return_dict=False)[0]  # pyright: ignore[reportArgumentType]
-    rows = x.clamp(-1, 1).unflatten(0, (prompts, 4)).permute(0, 3, 1, 4, 2).reshape(prompts * size, 4 * size, 3)
-    return Image.fromarray(((rows + 1) * 127.5).round().byte().cpu().numpy())
+    """A contact sheet of four samples a prompt (rows), by 25 DDIM steps with classifier-free guidance of scale 3."""
+    text = TextEncoder(tokenizer, model.text_encoder)
+    denoiser = UNetDenoiser(model.unet, NoiseSchedule.from_config(dict(scheduler.config)), text=text)
+    rows = [prompt for prompt in prompts for _ in range(4)]
+    x = sample(denoiser, rows, steps=25, guidance=ClassifierFree(3.0), size=(size, size)).latents.clamp(-1, 1)
+    sheet = x.unflatten(0, (-1, 4)).permute(0, 3, 1, 4, 2).reshape(-1, 4 * size, 3)
+    return Image.fromarray(((sheet + 1) * 127.5).round().byte().numpy())
 
 
 def save(folder: Path, model: Denoising, tokenizer: PreTrainedTokenizerFast, scheduler: DDIMScheduler) -> None:
@@ -324,7 +323,7 @@ def train_denoiser(
         if last or step % config.sample_every == 0:
             average.store(model.parameters())
             average.copy_to(model.parameters())
-            sheet = samples(bare, scheduler, tokens(list(config.sample_prompts)), tokens([""]), config.size)
+            sheet = samples(bare, tokenizer, scheduler, config.sample_prompts, config.size)
             sheet.save(out / f"samples-{step:07d}.png")
             save(out / "model", bare, tokenizer, scheduler)
             average.restore(model.parameters())
