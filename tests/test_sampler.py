@@ -350,6 +350,25 @@ def test_rate_one_is_full_guidance(rule: Any, combine: Any, sd: Any) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("solver", ["ddim", "ddpm"])
+def test_rate_one_is_full_classifier_guidance(rule: Any, solver: str, pixel: UNetDenoiser) -> None:
+    options = {"steps": 4, "labels": [0, 1], "solver": solver}
+    full = last(trajectory(pixel, classifier=judge(scale=3.0), **options))
+    every = judge(scale=3.0, schedule=GuidanceSchedule.power(4, 1), rule=rule)
+    assert torch.equal(full, last(trajectory(pixel, classifier=every, **options)))
+
+
+def test_any_score_of_the_logits_can_lead(pixel: UNetDenoiser) -> None:
+    """CLIP guidance raises the similarity itself rather than its log-softmax."""
+    guidance = judge(score=lambda logits, labels: logits.gather(1, labels[:, None])[:, 0])
+    step = next(trajectory(pixel, steps=3, classifier=guidance, labels=[1]))
+    x = step.latents.clone().requires_grad_()
+    expected = torch.autograd.grad(guidance.classifier.logits(x, torch.tensor([int(step.timestep)]))[0, 1], x)[0]
+    assert step.gradient is not None
+    assert torch.allclose(step.gradient, expected)
+
+
+@pytest.mark.parametrize("rule", RULES)
 def test_nothing_guided_is_unguided(rule: Any, sd: Any, pixel: UNetDenoiser) -> None:
     plain = last(trajectory(sd, PROMPTS, steps=3))
     assert torch.equal(
@@ -415,6 +434,14 @@ def test_variance_summed_over_the_gap(pixel: UNetDenoiser) -> None:
         gradient = steps[j].gradient
         assert gradient is not None
         assert torch.allclose(gradient * S[j], 2.0 * a * float(S[j : j + gap].sum()), rtol=1e-5)
+    full = list(trajectory(pixel, steps=6, classifier=ClassifierGuidance(classifier, 2.0), labels=[0], solver=solver))
+
+    def moved(steps: list[Any], first: int) -> Tensor:  # by the classifier, from the first guided step on
+        return sum(
+            (step.gradient * S[step.index] for step in steps[first:] if step.gradient is not None), torch.zeros(())
+        )
+
+    assert torch.allclose(moved(steps, 1), moved(full, 1), rtol=1e-5)
     with pytest.raises(InputError, match="ddpm"):
         next(trajectory(pixel, steps=6, classifier=guidance, labels=[0], solver="ddim"))
 

@@ -4,7 +4,6 @@ The descriptions here are immutable; `begin(n)` gives the state of one run. Comp
 2408.11194) is any of them with a sparse `GuidanceSchedule`.
 """
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -165,6 +164,11 @@ class ClassifierFreeRun:
                 return u + w * (c - u)
 
 
+def log_probability(logits: Tensor, labels: Tensor) -> Float[Tensor, " batch"]:
+    """log p(y | x)."""
+    return logits.log_softmax(1).gather(1, labels[:, None])[:, 0]
+
+
 @dataclass(frozen=True)
 class ClassifierGuidance:
     """Guidance by the gradient of log p(y | x) of a classifier (Dhariwal and Nichol, arXiv 2105.05233) on chosen steps.
@@ -175,6 +179,7 @@ class ClassifierGuidance:
         used as it is. "x0-through": the same, but the gradient is taken through the denoiser (exact, and dear).
     gap_variance: "own" moves by the guided step's variance as the published code does; "sum" by the sum over the gap.
     nonfinite: "raise" or "zero" what is not finite in a gradient.
+    score: what is raised, from logits [batch, classes] and labels to [batch]; for CLIP guidance, the similarity itself.
 
     The gradient is computed in float32, per sample, and never through the denoiser unless asked.
     """
@@ -186,6 +191,7 @@ class ClassifierGuidance:
     at: Literal["noisy", "x0", "x0-through"] = "noisy"
     gap_variance: Literal["own", "sum"] = "own"
     nonfinite: Literal["raise", "zero"] = "raise"
+    score: Callable[[Tensor, Tensor], Tensor] = log_probability
 
     def __post_init__(self) -> None:
         check_rule(self.rule)
@@ -248,8 +254,7 @@ class ClassifierRun:
                 seen = x0 if guidance.at == "x0-through" else leaf
                 pixels = decode(seen.clamp(-1, 1) if clip else seen)
                 logits = guidance.classifier.logits(pixels.clamp(-1, 1), torch.zeros_like(t).expand(len(leaf)))
-            log_p = logits.log_softmax(1).gather(1, labels[:, None]).sum()
-            gradient = torch.autograd.grad(log_p, leaf)[0].float()
+            gradient = torch.autograd.grad(guidance.score(logits, labels).sum(), leaf)[0].float()
         if not gradient.isfinite().all():
             if guidance.nonfinite == "raise":
                 raise InputError(
@@ -272,12 +277,8 @@ def describe(guidance: Any) -> dict[str, Any]:
             return value.name
         if isinstance(value, APG | CFGZeroStar):
             return {"kind": type(value).__name__, **vars(value)}
-        return (
-            inspect.getsource(value).strip()
-            if inspect.isfunction(value)
-            else value
-            if isinstance(value, str | int | float | bool | None)
-            else str(value)
-        )
+        if isinstance(value, str | int | float | bool | None):
+            return value
+        return getattr(value, "__name__", str(value))
 
     return {"kind": type(guidance).__name__, **{key: plain(value) for key, value in vars(guidance).items()}}
