@@ -591,6 +591,8 @@ def test_published_counts_of_guided_steps() -> None:
     assert GuidanceSchedule.power(50, 5, 5).positions == (0, 1, 3, 8, 16, 29, 48, 49)
     assert len(GuidanceSchedule.early_stop(250).positions) == 51
     assert GuidanceSchedule.power(50, 5).relative_cost() == 0.62
+    for n, k in ((50, 1), (99, 1), (100, 2), (250, 2)):  # even for short samplers, the published default for long ones
+        assert GuidanceSchedule.power(n, 5) == GuidanceSchedule.power(n, 5, k)
 
 
 def test_rival_schedules() -> None:

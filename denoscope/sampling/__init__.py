@@ -1,5 +1,6 @@
 """Sampling: one loop over diffusion steps, and guidance that is computed only where it counts."""
 
+from denoscope.sampling.diagnosis import ModelFitting, diagnose
 from denoscope.sampling.guidance import APG, CFGZeroStar, ClassifierFree, ClassifierGuidance
 from denoscope.sampling.sampler import Step, trajectory
 from denoscope.sampling.samples import Samples, sample
@@ -13,9 +14,11 @@ __all__ = [
     "ClassifierGuidance",
     "DiffusersSolver",
     "GuidanceSchedule",
+    "ModelFitting",
     "Respaced",
     "Samples",
     "Step",
+    "diagnose",
     "sample",
     "trajectory",
 ]

@@ -8,6 +8,7 @@ guider, which is kept inside and told the scale of each step (a skipped step has
 import inspect
 import logging
 import math
+import warnings
 from typing import Any, Literal
 
 from diffusers.configuration_utils import register_to_config
@@ -61,7 +62,7 @@ class CompressGuidance(BaseGuidance):
         self,
         guidance_scale: float = 5.0,
         rate: float = 5,
-        k: float = 1.0,
+        k: float | None = None,
         always_last: int = 2,
         positions: list[int] | None = None,
         steps: int | None = None,
@@ -123,6 +124,8 @@ class CompressGuidance(BaseGuidance):
         n, order, rule = num_inference_steps, self.config["order"], self.config["rule"]
         if self._step is None or step <= self._step or n != self._num_inference_steps:  # a new run
             self._weights, self._update = self.schedule(n).weights(rule), None
+            if self._enabled and math.isclose(self.guidance_scale, self._unguided_scale):
+                warnings.warn("The guidance scale asks for no guidance, so there is nothing to skip.", stacklevel=2)
         if step > n * order:  # at n * order: PNDM
             raise InputError(
                 f"The scheduler makes more network calls than the {n} steps times order {order}; "

@@ -4,28 +4,21 @@ for step in trajectory(denoiser, ["a cat"], steps=50, guidance=ClassifierFree(7.
     step.x0  # the denoised estimate; breaking off here costs nothing more
 """
 
-import json
-import math
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
 from denoscope.denoisers.protocol import Condition, Denoiser
 from denoscope.denoisers.schedule import Prediction
 from denoscope.errors import InputError
-from denoscope.images import Picture, atomically, read
-from denoscope.images.draw import contact_sheet
-from denoscope.sampling.guidance import ClassifierFree, ClassifierGuidance, describe
+from denoscope.images import Picture
+from denoscope.sampling.guidance import ClassifierFree, ClassifierGuidance
 from denoscope.sampling.solvers import Respaced, drawn, make_solver
 from denoscope.sites import Watch
 

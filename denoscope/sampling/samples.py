@@ -95,10 +95,9 @@ def sample(
     for low in range(0, n, at_once):
         part = slice(low, low + at_once)
         shared = {k: _part(v, part, n) for k, v in options.items()}
-        run = trajectory(
-            denoiser, None if prompts is None else prompts[part], seed=seeds[part], labels=None if labels is None else labels[part],
-            guidance=guidance, classifier=classifier, **shared,
-        )  # fmt: skip
+        own = {"prompts": prompts, "labels": labels, "seed": seeds}
+        own = {name: None if value is None else value[part] for name, value in own.items()}
+        run = trajectory(denoiser, guidance=guidance, classifier=classifier, **own, **shared)
         step = None
         with warnings.catch_warnings():
             if low:  # said once is enough

@@ -37,13 +37,14 @@ class GuidanceSchedule:
             raise InputError("A guidance schedule holds one whole number, 0 or more, for every step.")
 
     @classmethod
-    def power(cls, n: int, rate: float = 5, k: float = 1.0, always_last: int = 2) -> "GuidanceSchedule":
+    def power(cls, n: int, rate: float = 5, k: float | None = None, always_last: int = 2) -> "GuidanceSchedule":
         """The paper's power law: m = int(n / rate) steps at int(n (a / m)^k), a = 0 … m-1, and the last `always_last` ones.
 
-        k = 1 is uniform, k > 1 guides mostly early (at high noise), k < 1 mostly late. As in the published code the last
-        `always_last` steps count once, however often they were chosen.
+        k = 1 is uniform, k > 1 guides mostly early (at high noise), k < 1 mostly late. By default 1, and from 100 steps on 2 as
+        published. As in the published code the last `always_last` steps count once, however often they were chosen.
         """
         n, m = _steps(n), _many(n, rate)
+        k = (1.0 if n < 100 else 2.0) if k is None else k
         if not 0 < k < float("inf"):
             raise InputError(f"k is {k}; it must be larger than 0 (1 spreads guidance evenly, 2 puts it early).")
         if type(always_last) is not int or not 0 <= always_last <= n:
