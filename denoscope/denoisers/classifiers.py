@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForImageClassification
 
 from denoscope.denoisers.adm import Attention, Layer, Norm, Residual, fitted, timestep_embedding
 from denoscope.denoisers.loading import _described, _json, _quietly, _tensors, resolve_device, resolve_dtype
@@ -179,6 +179,12 @@ class Classifier:
     def dtype(self) -> torch.dtype:
         return next(self.module.parameters(), torch.empty(0)).dtype
 
+    @property
+    def channels(self) -> int | None:
+        """Of the pictures that the module takes, if its normalisation or its first convolution tells."""
+        convolutions = (part.in_channels for part in self.module.modules() if isinstance(part, nn.Conv2d))
+        return len(self.mean) if self.mean else next(convolutions, None)
+
     def logits(
         self, x: Float[Tensor, "batch channels height width"], t: Int[Tensor, " batch"] | None = None
     ) -> Float[Tensor, "batch classes"]:
@@ -186,15 +192,16 @@ class Classifier:
 
         x: pictures in [-1, 1], noisy ones for a noise-aware classifier (of the size it was trained on; others are resized).
         t: original timesteps (0 to 999) of x; None for clean pictures. Classifiers that know no noise ignore it.
-        Raises InputError when dropout or batch normalisation are in training mode, or sizes or classes do not fit.
+        Grey pictures (one channel) are given to colour classifiers as grey colours.
+        Raises InputError when dropout or batch normalisation are in training mode, or channels, sizes or classes do not fit.
         """
         if any(part.training and isinstance(part, ACTIVE_IN_TRAINING) for part in self.module.modules()):
             raise InputError(f"{self.name} is in training mode, which makes its answers random; call .eval() first.")
         x = x.to(self.device, self.dtype)
-        channels = len(self.mean) if self.mean else next(
-            (part.in_channels for part in self.module.modules() if isinstance(part, nn.Conv2d)), x.shape[1]
-        )  # fmt: skip
-        x = x.expand(-1, channels, -1, -1) if x.shape[1] == 1 else x
+        if x.shape[1] == 1 and self.channels:
+            x = x.expand(-1, self.channels, -1, -1)
+        if self.channels not in (None, x.shape[1]):
+            raise InputError(f"{self.name} takes pictures of {self.channels} channels, not {x.shape[1]}.")
         if self.size and x.shape[2:] != (self.size, self.size):
             if self.noise_aware:
                 raise InputError(f"{self.name} takes {self.size}x{self.size} pixels, not {x.shape[3]}x{x.shape[2]}.")
@@ -274,10 +281,8 @@ def _load_folder(path: Path, device: torch.device, dtype: torch.dtype) -> Classi
     pictures = _json(str(path), "preprocessor_config.json")
     if pictures is None:
         raise MissingError(f"{path} holds no preprocessor_config.json, so the size and colours it takes are unknown.")
-    module = _quietly(
-        str(path),
-        lambda: AutoModelForImageClassification.from_pretrained(path, dtype=dtype, trust_remote_code=False),
-    )
+    factory = transformers.AutoModelForImageClassification
+    module = _quietly(str(path), lambda: factory.from_pretrained(path, dtype=dtype, trust_remote_code=False))
     size = pictures.get("crop_size" if pictures.get("do_center_crop") else "size") or pictures.get("size")
     sides = set(size.values()) if isinstance(size, dict) else {size}
     if len(sides) != 1 or not isinstance(side := sides.pop(), int):

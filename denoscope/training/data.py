@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,10 +32,23 @@ def read_source(source: Source, root: str | Path = ".") -> list[Example]:
 
     Raises MissingError when the path is not there, InputError when it holds no readable images.
     """
-    path = Path(root) / source.path
+    rows = labelled_rows(Path(root) / source.path)
+    return [
+        Example(decoded(data, where), _phrase(source, label if isinstance(label, str) else ""))
+        for data, label, where in rows
+    ]
+
+
+def labelled_rows(path: Path) -> Iterator[tuple[bytes, str | int | None, str]]:
+    """(encoded image, label, where it is) of a folder or parquet file; a label is a name, or a number that has no name.
+
+    Raises MissingError when the path is not there, InputError when it holds no images.
+    """
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in {".jpg", ".jpeg", ".png", ".webp", ".bmp"})
-        rows = [(file.read_bytes(), file.parent.name, str(file)) for file in files]
+        if not files:
+            raise InputError(f"{path} holds no images.")
+        yield from ((file.read_bytes(), file.parent.name, str(file)) for file in files)
     elif path.is_file():
         try:
             table = pq.read_table(path)
@@ -42,21 +56,18 @@ def read_source(source: Source, root: str | Path = ".") -> list[Example]:
             raise InputError(f"{path} is neither a folder of images nor a parquet file.") from None
         if "img" not in table.column_names:
             raise InputError(f"{path} has no column 'img'; it must be parquet in the Hugging Face image layout.")
+        if not table.num_rows:
+            raise InputError(f"{path} holds no images.")
         features = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {})
         names = features.get("features", {}).get("label", {}).get("names")
-        labels = table["label"].to_pylist() if names else [None] * table.num_rows
-        rows = [
-            (cell["bytes"], "" if label is None else names[label], f"row {i} of {path}")
-            for i, (cell, label) in enumerate(zip(table["img"].to_pylist(), labels, strict=True))
-        ]
+        labels = table["label"].to_pylist() if "label" in table.column_names else [None] * table.num_rows
+        for i, (cell, label) in enumerate(zip(table["img"].to_pylist(), labels, strict=True)):
+            yield cell["bytes"], names[label] if names and label is not None else label, f"row {i} of {path}"
     else:
         raise MissingError(f"There are no training images at {path}; give the folder that holds them with --data.")
-    if not rows:
-        raise InputError(f"{path} holds no images.")
-    return [Example(_decoded(data, where), _phrase(source, label)) for data, label, where in rows]
 
 
-def _decoded(data: bytes, where: str) -> Image.Image:
+def decoded(data: bytes, where: str) -> Image.Image:
     try:
         return read(Image.open(io.BytesIO(data))).image()
     except (OSError, SyntaxError, ValueError) as error:
@@ -151,12 +162,7 @@ class Draws(Dataset):
         )
 
     def _crop(self, rng: np.random.Generator, size: tuple[int, int]) -> Box:
-        """A random box of `scale` of the image area with an aspect ratio of 3/4 to 4/3, as (left, top, right, bottom)."""
-        (w, h), (low, high) = size, self.config.scale
-        area, aspect = rng.uniform(low, high) * w * h, np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-        bw, bh = min(w, np.sqrt(area * aspect)), min(h, np.sqrt(area / aspect))
-        x, y = rng.uniform(0, w - bw), rng.uniform(0, h - bh)
-        return x, y, x + bw, y + bh
+        return random_box(rng, size, self.config.scale)
 
     def _prompt(self, rng: np.random.Generator, phrase: str) -> str:
         if rng.random() < self.config.drop or not phrase:
@@ -169,6 +175,15 @@ class Draws(Dataset):
         """Every word that a prompt can hold, sorted."""
         phrases = {example.phrase for examples in self.sources for example in examples}
         return sorted({word for text in [*phrases, *ARTICLES] for word in text.replace("{}", "").split()})
+
+
+def random_box(rng: np.random.Generator, size: tuple[int, int], scale: tuple[int | float, int | float]) -> Box:
+    """A random box of `scale` of the area of an image of (width, height), with an aspect ratio of 3/4 to 4/3."""
+    (w, h), (low, high) = size, scale
+    area, aspect = rng.uniform(low, high) * w * h, np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+    bw, bh = min(w, np.sqrt(area * aspect)), min(h, np.sqrt(area / aspect))
+    x, y = rng.uniform(0, w - bw), rng.uniform(0, h - bh)
+    return x, y, x + bw, y + bh
 
 
 def _common(one: Box, other: Box) -> Box:
