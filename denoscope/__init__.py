@@ -15,9 +15,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from denoscope.correspondence import Matches, Mutual, match, mutual_nearest, transfer
     from denoscope.denoisers import Condition, Denoiser, Noise, NoiseSchedule, Site, Watch, load
+    from denoscope.denoisers.classifiers import Classifier, load_classifier
     from denoscope.errors import DenoscopeError, InputError, MissingError
     from denoscope.features import FeatureMap, features
     from denoscope.images import Clip, Frame, Picture, read, read_clip, write
+    from denoscope.sampling import (
+        ClassifierFree,
+        ClassifierGuidance,
+        GuidanceSchedule,
+        Respaced,
+        Samples,
+        Step,
+        diagnose,
+        sample,
+        trajectory,
+    )
+    from denoscope.sampling.guider import CompressGuidance
+    from denoscope.sampling.pipelines import compress_guidance
 
 __version__ = "0.1.0"
 
@@ -25,19 +39,38 @@ __version__ = "0.1.0"
 _HOMES = {
     "denoscope.correspondence": ("Matches", "Mutual", "match", "mutual_nearest", "transfer"),
     "denoscope.denoisers": ("Condition", "Denoiser", "Noise", "NoiseSchedule", "Site", "Watch", "load"),
+    "denoscope.denoisers.classifiers": ("Classifier", "load_classifier"),
     "denoscope.errors": ("DenoscopeError", "InputError", "MissingError"),
     "denoscope.features": ("FeatureMap", "features"),
     "denoscope.images": ("Clip", "Frame", "Picture", "read", "read_clip", "write"),
+    "denoscope.sampling": (
+        "ClassifierFree",
+        "ClassifierGuidance",
+        "GuidanceSchedule",
+        "Respaced",
+        "Samples",
+        "Step",
+        "diagnose",
+        "sample",
+        "trajectory",
+    ),
+    "denoscope.sampling.guider": ("CompressGuidance",),
+    "denoscope.sampling.pipelines": ("compress_guidance",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Classifier",
+    "ClassifierFree",
+    "ClassifierGuidance",
     "Clip",
+    "CompressGuidance",
     "Condition",
     "Denoiser",
     "DenoscopeError",
     "FeatureMap",
     "Frame",
+    "GuidanceSchedule",
     "InputError",
     "Matches",
     "MissingError",
@@ -45,14 +78,22 @@ __all__ = [
     "Noise",
     "NoiseSchedule",
     "Picture",
+    "Respaced",
+    "Samples",
     "Site",
+    "Step",
     "Watch",
+    "compress_guidance",
+    "diagnose",
     "features",
     "load",
+    "load_classifier",
     "match",
     "mutual_nearest",
     "read",
     "read_clip",
+    "sample",
+    "trajectory",
     "transfer",
     "write",
 ]

@@ -3,6 +3,7 @@
 A solver owns the scale of `x`; the network and everybody else see `noisy = a x_0 + s eps`.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -26,7 +27,7 @@ SCHEDULERS = {
 }
 NAMES = ("auto", "ddpm", *SCHEDULERS)
 KINDS = {"flow_prediction": "flow"}  # diffusers' name: ours
-MULTISTEP = ("DPMSolverMultistep", "UniPC", "DEIS", "PNDM", "LMS", "IPNDM", "SASolver")
+MULTISTEP = re.compile("Multistep|Singlestep|PNDM|LMS|SASolver|CogVideoXDPM")  # class names
 
 
 class Evaluation(NamedTuple):
@@ -79,18 +80,17 @@ class Solver(Protocol):
         ...
 
 
-def outer_steps(scheduler: Any, evaluations: int) -> list[int]:
-    """The sampling step that each network evaluation of a diffusers scheduler belongs to.
+def outer_step(scheduler: Any, evaluation: int) -> int:
+    """The sampling step that a network evaluation of a diffusers scheduler belongs to, both counted from where a run begins.
 
-    Second-order solvers (Heun, KDPM2) evaluate twice in all but the last step; PNDM evaluates the first step twice, and
-    the first three four times with Runge-Kutta.
+    Second-order solvers (Heun, KDPM2) evaluate twice in all but the last step; PNDM evaluates the first step twice, or the
+    first three four times with Runge-Kutta.
     """
-    name = type(scheduler).__name__
-    if "PNDM" in name and "IPNDM" not in name:
-        if scheduler.config.skip_prk_steps:
-            return [max(e - 1, 0) for e in range(evaluations)]
-        return [e // 4 if e < 12 else e - 9 for e in range(evaluations)]
-    return [e // scheduler.order for e in range(evaluations)]
+    if not isinstance(scheduler, diffusers.PNDMScheduler):
+        return evaluation // getattr(scheduler, "order", 1)
+    if scheduler.config["skip_prk_steps"]:
+        return max(evaluation - 1, 0)
+    return evaluation // 4 if evaluation < 12 else evaluation - 9
 
 
 class DiffusersSolver:
@@ -103,7 +103,7 @@ class DiffusersSolver:
             raise InputError(
                 f"{name} cannot be used as a solver; give a diffusers scheduler for noise, v or flow prediction."
             )
-        self.multistep = name.startswith(MULTISTEP)
+        self.multistep = bool(MULTISTEP.search(name))
         kind = str(scheduler.config.get("prediction_type", "flow" if "FlowMatch" in name else "epsilon"))
         self.kind: str = KINDS.get(kind, kind)
 
@@ -119,7 +119,7 @@ class DiffusersSolver:
         self.timesteps = scheduler.timesteps[skipped:]
         if not len(self.timesteps):
             raise InputError(f"Strength {strength:g} leaves none of {steps} steps; raise it or take more steps.")
-        positions = outer_steps(scheduler, len(self.timesteps))
+        positions = [outer_step(scheduler, e) for e in range(len(self.timesteps))]
         levels = [self._levels(skipped + e, t) for e, t in enumerate(self.timesteps)]
         return [Evaluation(j, t, *level) for j, t, level in zip(positions, self.timesteps, levels, strict=True)]
 

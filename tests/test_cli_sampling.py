@@ -1,0 +1,355 @@
+"""`denoscope sample` and `denoscope guidance` as a user meets them."""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DModel
+from PIL import Image
+
+import denoscope as ds
+from denoscope.cli.guidance import placement
+from denoscope.cli.main import main
+from denoscope.denoisers.classifiers import ADMClassifier, ADMClassifierConfig, Classifier, save_classifier
+
+QUICK = ["--size", "16", "--steps", "4"]
+TINY = ADMClassifierConfig(
+    model_channels=32, classes=3, num_res_blocks=1, channel_mult=(1,), attention_resolutions=(), num_head_channels=32,
+    image_size=16,
+)  # fmt: skip
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, seedling):
+    """Run the command in this process, the embedded model being loaded once: (exit status, stdout, stderr)."""
+    load = ds.load
+    monkeypatch.setattr("denoscope.denoisers.load", lambda m, *rest: seedling if m == "seedling" else load(m, *rest))
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["denoscope", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        status = 0
+        try:
+            main()
+        except SystemExit as stopped:
+            status = stopped.code or 0
+        out = capsys.readouterr()
+        return status, out.out, out.err
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def guide(tmp_path_factory):
+    """Files of two noise-aware classifiers with random weights."""
+    folder = tmp_path_factory.mktemp("classifiers")
+    for seed, name in enumerate(("on", "off")):
+        torch.manual_seed(seed)
+        module = ADMClassifier(TINY).requires_grad_(False).eval()
+        save_classifier(Classifier.of(module, names=("cat", "dog", "face")), folder / f"{name}.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def numbered(tmp_path_factory):
+    """A model that takes class numbers 0 to 4, 4 being any."""
+    folder = tmp_path_factory.mktemp("numbered")
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
+    UNet2DModel(16, layers_per_block=1, norm_num_groups=4, num_class_embeds=5, **blocks).save_pretrained(folder)
+    DDIMScheduler().save_pretrained(folder)
+    (folder / "denoscope.json").write_text('{"null_class": 4}')
+    return folder
+
+
+def pixels(folder: Any) -> dict[str, np.ndarray]:
+    return {path.name: np.array(Image.open(path)) for path in sorted(folder.glob("0*.png"))}
+
+
+def same(one: Any, other: Any) -> bool:
+    """To a level of 8 bits."""
+    return one.keys() == other.keys() and all(np.abs(one[k].astype(int) - other[k]).max() <= 1 for k in one)
+
+
+def record(folder: Any) -> Any:
+    return json.loads((folder / "samples.json").read_text())
+
+
+def test_pictures_are_those_of_the_library(run, tmp_path, seedling):
+    out = tmp_path / "o"
+    options = ["--rate", 2, "--rule", "gap", "--guidance", 4, "--seed", 7, "--at-once", 3, "--negative", "dog"]
+    status, printed, _ = run("sample", "cat", "a face", "--count", 2, *QUICK, *options, "--out", out)
+    assert status == 0
+    assert "4 pictures; 3 of 4 steps guided, 7 network calls and" in printed
+    assert str(out / "grid.png") in printed
+    guidance = ds.ClassifierFree(4.0, ds.GuidanceSchedule.power(4, 2), "gap")
+    prompts = ["cat", "a face", "cat", "a face"]
+    made = ds.sample(seedling, prompts, seed=7, steps=4, size=(16, 16), guidance=guidance, negative=["dog"])
+    files = [f"00000{i}.png" for i in range(4)]
+    assert same(pixels(out), {file: np.array(p.image()) for file, p in zip(files, made.pictures, strict=True)})
+    found = record(out)
+    assert [(row["file"], row["prompt"], row["seed"]) for row in found["samples"]] == list(
+        zip(files, prompts, [7, 8, 9, 10], strict=True)
+    )
+    assert found["runs"]["asked"]["guided_steps"] == [0, 2, 3]
+    assert found["runs"]["asked"]["samples"] == 4
+    assert found["settings"]["guidance"] == 4
+    assert sorted(p.name for p in out.iterdir()) == [*files, "grid.png", "samples.json"]
+
+
+def test_a_run_goes_on_where_it_stopped(run, tmp_path, monkeypatch):
+    out, command = tmp_path / "o", ["sample", "cat", *QUICK, "--at-once", 2, "--out", tmp_path / "o"]
+    whole, calls = ds.sample, []
+
+    def stopped(*given, **options):
+        calls.append(options["seed"])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return whole(*given, **options)
+
+    monkeypatch.setattr("denoscope.sampling.sample", stopped)
+    status, printed, _ = run(*command, "--count", 4)
+    assert status == 130
+    assert [p.name for p in sorted(out.iterdir())] == ["000000.png", "000001.png", "samples.json"]
+    before = pixels(out)
+    times = {p.name: p.stat().st_mtime_ns for p in out.glob("0*.png")}
+    assert run(*command, "--count", 4)[0] == 0
+    assert calls == [[0, 1], [2, 3], [2, 3]]
+    assert same(before, {name: found for name, found in pixels(out).items() if name in before})
+    assert times == {name: (out / name).stat().st_mtime_ns for name in times}
+    (out / "000002.png").unlink()  # a hole is filled, the rest is kept, more can be asked for
+    status, printed, _ = run(*command, "--count", 5)
+    assert status == 0
+    assert "5 pictures" in printed
+    assert calls[3:] == [[2, 4]]
+    assert run(*command, "--count", 5)[0] == 0
+    assert len(calls) == 4
+    (at_once := tmp_path / "p").mkdir()
+    assert run("sample", "cat", *QUICK, "--count", 5, "--out", at_once)[0] == 0
+    assert same(pixels(out), pixels(at_once))
+
+
+def test_other_settings_need_another_folder(run, tmp_path):
+    out = tmp_path / "o"
+    assert run("sample", "cat", *QUICK, "--out", out)[0] == 0
+    status, printed, err = run("sample", "cat", *QUICK, "--out", out, "--rate", 2, "--seed", 1)
+    assert (status, printed) == (2, "")
+    assert "other settings (schedule, seed); name another folder" in err
+    (out / "samples.json").write_text("[1")
+    assert "samples.json of something else" in run("sample", "cat", *QUICK, "--out", out)[2]
+    (out / "samples.json").unlink()
+    assert "pictures of unknown settings" in run("sample", "cat", *QUICK, "--out", out)[2]
+
+
+def test_the_report_compares_with_guidance_on_every_step(run, tmp_path, guide):
+    out, full = tmp_path / "o", tmp_path / "f"
+    given = ["sample", "cat", "dog", "2", *QUICK, "--classifier", guide / "on.safetensors", "--scale", 9]
+    status, printed, _ = run(*given, "--rate", 4, "--always-last", 0, "--report", "--out", out)
+    assert status == 0
+    rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.startswith(("asked", "full"))}
+    assert rows["asked"][:6] == ["1", "of", "4", "4", "1", "0.62"]
+    assert rows["full"][:6] == ["4", "of", "4", "4", "4", "1.00"]
+    assert run(*given, "--out", full)[0] == 0
+    assert same(pixels(out / "full"), pixels(full))
+    found = record(out)
+    difference = np.mean([np.abs(one.astype(float) - pixels(full)[name]) for name, one in pixels(out).items()])
+    assert found["report"]["mean_difference"] == pytest.approx(difference, abs=0.02)
+    assert found["report"]["relative_cost"] == 5 / 8
+    assert ds.read(out / "grid.png").height > 1.9 * ds.read(full / "grid.png").height
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("0*.png")}
+    again = run(*given, "--rate", 4, "--always-last", 0, "--report", "--out", out)[1]
+    assert [line for line in again.splitlines() if line.startswith("asked")] == [
+        line for line in printed.splitlines() if line.startswith("asked")
+    ]
+    assert times == {path: path.stat().st_mtime_ns for path in times}
+
+
+def test_whole_numbers_are_class_numbers_where_the_model_takes_those(run, tmp_path, numbered, guide):
+    given = ["--model", numbered, *QUICK]
+    assert run("sample", "3", "0", *given, "--guidance", 2, "--out", tmp_path / "n")[0] == 0
+    assert record(tmp_path / "n")["settings"]["told"] == [3, 0]
+    assert record(tmp_path / "n")["runs"]["asked"]["network_calls"] == {"denoiser": 8, "classifier": 0}
+    status, _, err = run("sample", "5", *given, "--out", tmp_path / "m")
+    assert status == 2
+    assert "takes class numbers from 0 to 4" in err
+    assert "takes class numbers from 0 to 4" in run("sample", "cat", *given, "--out", tmp_path / "m")[2]
+    classifier = ["--classifier", guide / "on.safetensors"]
+    assert run("sample", "dog", *given, *classifier, "--out", tmp_path / "c")[0] == 0
+    assert record(tmp_path / "c")["settings"]["told"] == [1]
+    assert run("sample", "2", "face", *QUICK, *classifier, "--out", tmp_path / "d")[0] == 0
+    assert record(tmp_path / "d")["settings"]["told"] is None
+    one, other = list(pixels(tmp_path / "d").values())
+    assert not np.array_equal(one, other)  # two seeds
+    prompted = ["--prompt", "a {}", "--guidance", 2, "--rate", 2]
+    assert run("sample", "dog", *QUICK, *classifier, *prompted, "--out", tmp_path / "e")[0] == 0
+    assert record(tmp_path / "e")["settings"]["told"] == ["a dog"]
+    assert record(tmp_path / "e")["runs"]["asked"]["network_calls"] == {"denoiser": 7, "classifier": 3}
+
+
+def test_only_the_white_of_a_mask_is_repainted(run, tmp_path):
+    rng = np.random.default_rng(0)
+    photo = rng.integers(0, 255, (24, 32, 3)).astype(np.uint8)
+    mask = np.zeros((24, 32), np.uint8)
+    mask[:, :16] = 255
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    given = ["sample", "face", "--steps", 4, "--start", tmp_path / "photo.png"]
+    assert run(*given, "--mask", tmp_path / "mask.png", "--out", tmp_path / "o")[0] == 0
+    (made,) = pixels(tmp_path / "o").values()
+    assert made.shape == photo.shape
+    assert np.abs(made[:, 16:].astype(int) - photo[:, 16:]).max() <= 1
+    assert np.abs(made[:, :16].astype(int) - photo[:, :16]).mean() > 20
+    assert record(tmp_path / "o")["settings"]["strength"] == 1
+    assert run(*given, "--strength", 0.5, "--schedule", "steps:0", "--out", tmp_path / "p")[0] == 0
+    assert record(tmp_path / "p")["runs"]["asked"] | {"seconds": 0} == {
+        "guided_steps": [0], "network_calls": {"denoiser": 3, "classifier": 0}, "steps": 2, "samples": 1, "seconds": 0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "positions"),
+    [
+        ("power", (0, 5, 8, 9)),
+        ("uniform", (0, 5, 8, 9)),
+        ("interval:0.3-0.8", (3, 4, 5, 6, 7)),
+        ("first:0.4", (0, 1, 2, 3)),
+        ("early-stop", (0, 1, 2)),
+        ("early-stop:0.5", (0, 1, 2, 3, 4, 5)),
+        ("steps:0,5,9", (0, 5, 9)),
+        ("sigma:2-5", (5, 6, 7)),
+        ("all", tuple(range(10))),
+        ("none", ()),
+    ],
+)
+def test_schedules_in_words(text, positions):
+    sigmas = [10.0 - j for j in range(10)]
+    assert placement(10, text, None, None, None, sigmas).positions == positions
+    assert len(placement(10, "random:4", None, None, None).positions) == 4
+    assert placement(10, None, 5, None, 0).positions == (0, 5)
+    assert placement(10, None, None, None, None).positions == tuple(range(10))
+
+
+def test_schedule_prints_only_json_when_asked(run, tmp_path):
+    status, out, err = run("guidance", "schedule", "--rate", 5, "--k", 2, "--json", "--plot", tmp_path / "s.png")
+    assert (status, err) == (0, "")
+    found, schedule = json.loads(out), ds.GuidanceSchedule.power(50, 5, 2)
+    assert found["positions"] == [0, 2, 4, 8, 12, 18, 24, 32, 40, 48, 49]
+    assert found["weights"] == list(schedule.weights("gap"))
+    assert sum(found["weights"]) == 50
+    expected = {
+        "network_calls": 61,
+        "relative_cost": 0.61,
+        "steps": 50,
+        "rate": 5,
+        "k": 2,
+        "rule": "gap",
+        "kind": "cfg",
+    }
+    assert {key: found[key] for key in expected} == expected
+    assert ds.read(tmp_path / "s.png").width > 500
+    cost = ["--kind", "classifier", "--classifier-cost", 2, "--rule", "mask", "--steps", 10, "--schedule", "steps:0,9"]
+    assert json.loads(run("guidance", "schedule", *cost, "--json")[1]) == {
+        "positions": [0, 9], "weights": [1, *[0] * 8, 1], "network_calls": 12, "relative_cost": 14 / 30, "steps": 10,
+        "rule": "mask", "schedule": "explicit", "kind": "classifier", "rate": None, "k": None,
+    }  # fmt: skip
+    out = run("guidance", "schedule", "--steps", 10)[1]
+    assert out.splitlines() == [
+        "power r5 k1: 4 of 10 steps guided, 14 of 20 network calls, relative cost 0.7",
+        "guided steps: 0 5 8 9",
+        "weights (gap): 5 3 1 1",
+    ]
+
+
+def test_diagnose_prints_a_table_and_a_recommendation(run, tmp_path, guide):
+    judges = ["--on", guide / "on.safetensors", "--off", guide / "off.safetensors"]
+    settings = ["--labels", "cat, 1", "--count", 2, "--scale", 50, "--rates", "1,2", *QUICK]
+    status, out, _ = run("guidance", "diagnose", *judges, *settings, "--out", tmp_path / "o")
+    assert status == 0
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines[1:5]] == ["full", "compressed", "UG", "ES"]
+    assert lines[0].split()[:4] == ["run", "guided", "calls", "seconds"]
+    assert "This rests on 4 samples" in out
+    saved = json.loads((tmp_path / "o" / "diagnosis.json").read_text())
+    assert saved["labels"] == [0, 1, 0, 1]
+    assert saved["outcomes"]["compressed r2"]["guided"] == [0, 2, 3]
+    assert saved["recommendation"] in out
+    assert ds.read(tmp_path / "o" / "diagnosis.png").width > 900
+    assert len((tmp_path / "o" / "diagnosis.csv").read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["sample", "cat", "--rate", 0.5], "rate is 0.5"),
+        (["sample", "cat", "--rate", 9], "from 1 (every step) to 4"),
+        (["sample", "cat", "--rate", 2, "--k", 0], "k is 0"),
+        (["sample", "cat", "--rate", 2, "--rule", "some"], "--rule 'some' is unknown; use mask"),
+        (["sample", "cat", "--rule", "gap"], "--rule is about skipped steps"),
+        (["sample", "cat", "--report"], "--report is about skipped steps"),
+        (["sample", "cat", "--schedule", "often"], "Schedule 'often' is not understood"),
+        (["sample", "cat", "--schedule", "interval:1"], "Schedule 'interval:1' is not understood"),
+        (["sample", "cat", "--schedule", "first:0.5", "--rate", 2], "--rate has no meaning for the schedule first"),
+        (["sample", "cat", "--schedule", "random:9"], "--schedule random:9: count is 9"),
+        (["sample", "cat", "--steps", 1], "--steps is 1"),
+        (["sample", "cat", "--steps", 5000], "from 2 to 1000"),
+        (["sample", "cat", "--solver", "quick"], "Solver 'quick' is unknown"),
+        (["sample", "cat", "--combine", "sum"], "--combine 'sum' is unknown"),
+        (["sample", "cat", "--combine", "apg", "--guidance", 1], "--combine belongs to classifier-free guidance"),
+        (["sample", "cat", "--guidance", 1, "--rate", 2], "--rate skips guidance and there is none"),
+        (["sample", "cat", "--guidance", "nan"], "finite numbers"),
+        (["sample", "--guidance", 3], "needs something to guide towards"),
+        (["sample", "cat", "--scale", 2], "--scale belongs to guidance by a classifier"),
+        (["sample", "cat", "--size", 4], "too small"),
+        (["sample", "cat", "--size", "4x4x4"], "--size '4x4x4' is not understood"),
+        (["sample", "cat", "--mask", "m.png"], "--mask belongs to a picture"),
+        (["sample", "cat", "--start", "none.png"], "no file none.png"),
+        (["sample", "cat", "--start", "PHOTO", "--strength", 2], "--strength is 2"),
+        (["sample", "cat", "--count", 0], "at least 1"),
+        (["sample", "cat", "--seed", -1], "--seed is -1"),
+        (["sample", "cat", "--out", "PHOTO"], "name a folder"),
+        (["sample", "cat", "--classifier", "none.pt"], "no classifier 'none.pt'"),
+        (["sample", "--classifier", "GUIDE"], "Name the classes"),
+        (["sample", "bird", "--classifier", "GUIDE"], "has no class 'bird'"),
+        (["sample", "3", "--classifier", "GUIDE"], "has no class 3"),
+        (["sample", "cat", "--classifier", "GUIDE", "--guide-at", "end"], "--guide-at 'end' is unknown"),
+        (["sample", "cat", "--classifier", "GUIDE", "--size", 32], "takes 16x16 pixels, not 32x32"),
+        (["sample", "cat", "--model", "none"], "no model 'none'"),
+        (["sample", "cat", "--classifier", "GUIDE", "--guidance", 3], "give --prompt"),
+        (["guidance", "schedule", "--rate", 60], "rate is 60"),
+        (["guidance", "schedule", "--steps", 1, "--schedule", "all"], "number of steps is 1"),
+        (["guidance", "schedule", "--k", -1], "k is -1"),
+        (["guidance", "schedule", "--kind", "dear"], "--kind 'dear' is unknown"),
+        (["guidance", "schedule", "--schedule", "sigma:1-2"], "needs a model's noise levels"),
+        (["guidance", "schedule", "--plot", "s.txt"], "cannot be written as .txt"),
+        (["guidance", "diagnose", "--on", "none.pt", "--off", "GUIDE"], "no classifier 'none.pt'"),
+        (["guidance", "diagnose", "--on", "GUIDE", "--off", "GUIDE", "--labels", "0,bird"], "has no class 'bird'"),
+        (["guidance", "diagnose", "--on", "GUIDE", "--off", "GUIDE", "--rates", "few"], "--rates 'few'"),
+        (["guidance", "diagnose", "--on", "GUIDE", "--off", "GUIDE", "--count", 0], "at least 1"),
+        (["guidance", "diagnose", "--on", "GUIDE", "--off", "GUIDE", "--scale", "nan"], "--scale is nan"),
+    ],
+)
+def test_mistakes_are_one_sentence(run, tmp_path, guide, arguments, sentence):
+    Image.new("RGB", (32, 32)).save(tmp_path / "photo.png")
+    places = {"PHOTO": tmp_path / "photo.png", "GUIDE": guide / "on.safetensors"}
+    given = [places.get(a, a) for a in arguments]
+    quick = [] if given[1] == "schedule" else QUICK
+    out = [] if "--out" in given or given[1] == "schedule" else ["--out", tmp_path / "o"]
+    first = 2 if given[0] == "guidance" else 1
+    status, printed, err = run(*given[:first], *quick, *out, *given[first:])
+    assert status == 2
+    assert sentence in err
+    assert "Traceback" not in err
+    assert printed == ""
+    assert not list((tmp_path / "o").glob("*"))
+
+
+def test_the_front_door_holds_what_it_names_and_opens_quickly():
+    for name in ds.__all__:
+        assert getattr(ds, name) is not None
+    program = "import sys, denoscope; print('torch' in sys.modules)"
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "False"
