@@ -1,12 +1,12 @@
 """Wall time of guidance on every step against a fifth of them, on a network of the size of Stable Diffusion 1.5, in one run.
 
-    python benchmarks/guidance.py --size 256 --steps 50 --batch 1 2 --rounds 2
+    python benchmarks/guidance.py --size 256 --steps 10 --always-last 0 --batch 1 4 --rounds 1
     python benchmarks/guidance.py --arch tiny --size 64 --steps 10       # to try the script
 
 Weights are random, and there is neither text encoder nor autoencoder: what is timed is the denoising loop alone, by
-diffusers' own pipeline with and without `compress_guidance`, and by denoscope's sampler. The rows take turns, after one
-short run of each that is thrown away on CUDA. Ratios are to diffusers' full guidance at the same batch; "difference" is the
-relative distance of results that must agree (full: of diffusers; compress_guidance: of our r5).
+diffusers' own pipeline with and without `compress_guidance`, and by denoscope's sampler. The rows take turns, on CUDA after
+a short run of each that is thrown away. Ratios are to diffusers' full guidance at the same batch; "difference" is the
+relative distance of results that must agree (full: of diffusers; compress_guidance: of ours).
 """
 
 import argparse
@@ -39,8 +39,6 @@ SCHEDULE: dict[str, Any] = {
     "steps_offset": 1,
 }
 WIDTHS = {"sd15": (320, 640, 1280, 1280), "tiny": (32, 64, 64, 64)}
-POWER = {"r5": partial(GuidanceSchedule.power, rate=5), "r10": partial(GuidanceSchedule.power, rate=10)}
-POWER["r5, last steps free"] = partial(GuidanceSchedule.power, rate=5, always_last=0)
 SCALE = 5.0
 COLUMNS = ("batch", "row", "network rows", "seconds", "time of full", "rows of full", "difference")
 
@@ -55,14 +53,15 @@ def networks(arch: str, device: str, dtype: torch.dtype) -> tuple[Any, Any]:
     return tuple(network.to(dtype).requires_grad_(False).eval() for network in (unet, vae))  # type: ignore[return-value]
 
 
-def rows(unet: Any, vae: Any, size: int, batch: int) -> dict[str, Callable[[int], Tensor]]:
+def rows(
+    unet: Any, vae: Any, size: int, batch: int, schedule: Callable[[int], GuidanceSchedule]
+) -> dict[str, Callable[[int], Tensor]]:
     """What is timed: functions from a number of steps to final latents."""
     generator = torch.Generator().manual_seed(1)
     width = unet.config.cross_attention_dim
     tokens = {p: torch.randn(1, 77, width, generator=generator).to(unet.device, unet.dtype) for p in ("", "a cat")}
     fixed: Any = lambda prompts: torch.cat([tokens[p] for p in prompts])  # noqa: E731  (stands for the text encoder)
-    schedule = NoiseSchedule.from_config(SCHEDULE)
-    denoiser = UNetDenoiser(unet, schedule, vae=vae, text=fixed)
+    denoiser = UNetDenoiser(unet, NoiseSchedule.from_config(SCHEDULE), vae=vae, text=fixed)
     none = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder"))
     pipeline: Any = StableDiffusionPipeline
     pipe = pipeline(
@@ -79,7 +78,7 @@ def rows(unet: Any, vae: Any, size: int, batch: int) -> dict[str, Callable[[int]
         ).images.float()  # fmt: skip
 
     def dropped_in(steps: int) -> Tensor:
-        with compress_guidance(pipe, rate=5):
+        with compress_guidance(pipe, schedule):
             return theirs(steps)
 
     def ours(schedule: Any, steps: int) -> Tensor:
@@ -87,12 +86,12 @@ def rows(unet: Any, vae: Any, size: int, batch: int) -> dict[str, Callable[[int]
         *_, last = trajectory(denoiser, ["a cat"] * batch, steps=steps, guidance=guidance, size=(size, size))
         return last.after
 
-    found: dict[str, Callable[[int], Tensor]] = {
+    return {
         "diffusers, full": theirs,
-        "diffusers + compress_guidance, r5": dropped_in,
+        "diffusers + compress_guidance": dropped_in,
+        "denoscope, full": partial(ours, None),
+        "denoscope, compressed": partial(ours, schedule),
     }
-    found["denoscope, full"] = partial(ours, None)
-    return found | {f"denoscope, {name}": partial(ours, made) for name, made in POWER.items()}
 
 
 def timed(run: Callable[[int], Tensor], steps: int, unet: Any) -> tuple[float, int, Tensor]:
@@ -126,6 +125,8 @@ def main() -> int:
     parser.add_argument("--arch", choices=WIDTHS, default="sd15")
     parser.add_argument("--size", type=int, default=256, help="of the pictures, pixels")
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--rate", type=float, default=5)
+    parser.add_argument("--always-last", type=int, default=2, help="last steps that are guided in any case")
     parser.add_argument("--batch", type=int, nargs="*", default=[1])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -138,7 +139,8 @@ def main() -> int:
     unet, vae = networks(given.arch, given.device, getattr(torch, given.dtype))
     records: list[dict[str, Any]] = []
     for batch in given.batch:
-        runs = rows(unet, vae, given.size, batch)
+        schedule = partial(GuidanceSchedule.power, rate=given.rate, always_last=given.always_last)
+        runs = rows(unet, vae, given.size, batch, schedule)
         if given.device == "cuda":
             for run in runs.values():
                 run(10)  # kernels are chosen and memory is taken before anything is timed
@@ -150,7 +152,7 @@ def main() -> int:
                     f"batch {batch}, round {number + 1}: {name}: {passes[name][-1][0]:.1f} s", highlight=False
                 )
         base = passes["diffusers, full"]
-        same = {"denoscope, full": "diffusers, full", "diffusers + compress_guidance, r5": "denoscope, r5"}
+        same = {"denoscope, full": "diffusers, full", "diffusers + compress_guidance": "denoscope, compressed"}
         for name, found in passes.items():
             seconds, full = (statistics.median(one[0] for one in some) for some in (found, base))
             record = {"batch": batch, "row": name, "network_rows": found[0][1], "seconds": seconds}

@@ -652,6 +652,8 @@ def test_mistakes_are_explained(sd: Any, pixel: UNetDenoiser) -> None:
     wrong("needs labels", pixel, classifier=judge())
     wrong("no class 5", pixel, labels=[0, 5], classifier=judge())
     wrong("3 seeds for 2", sd, PROMPTS, seed=[1, 2, 3])
+    wrong("steps is 0", sd, PROMPTS, steps=0)
+    wrong("from 1 to 1000", sd, PROMPTS, steps=5000)
     wrong("unknown; use auto", sd, PROMPTS, solver="magic")
     wrong("multiples of 8", sd, PROMPTS, size=(65, 64))
     wrong("picture to start from", sd, PROMPTS, mask=torch.ones(64, 64))

@@ -204,7 +204,9 @@ class Classifier:
             raise InputError(f"{self.name} takes pictures of {self.channels} channels, not {x.shape[1]}.")
         if self.size and x.shape[2:] != (self.size, self.size):
             if self.noise_aware:
-                raise InputError(f"{self.name} takes {self.size}x{self.size} pixels, not {x.shape[3]}x{x.shape[2]}.")
+                raise InputError(
+                    f"{self.name} takes {self.size}x{self.size} pixels, not {x.shape[3]}x{x.shape[2]}; sample at that size."
+                )
             x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
         if self.mean and self.std:
             mean, std = (x.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
@@ -228,7 +230,8 @@ class Classifier:
         numbers = [self.names.index(label) if label in self.names else label for label in given]
         for label in numbers:
             if not isinstance(label, int) or not 0 <= label < self.classes:
-                known = f" or one of {', '.join(self.names)}" if self.names else ""
+                more = ", …" if len(self.names) > 12 else ""
+                known = f" or one of {', '.join(self.names[:12])}{more}" if self.names else ""
                 raise InputError(f"{self.name} has no class {label!r}; choose 0 to {self.classes - 1}{known}.")
         if len(numbers) not in (1, batch):
             raise InputError(f"{len(numbers)} labels were given for {batch} pictures; give one, or one for each.")

@@ -91,7 +91,10 @@ class UNetDenoiser:
             null = [] if self.null_class is None else [self.null_class] * batch
             labels = null if prompts is None else list(prompts)
             if not labels:
-                raise InputError(f"{self.name} needs a class number from 0 to {classes - 1} for every picture.")
+                raise InputError(
+                    f"{self.name} needs a class number from 0 to {classes - 1} for every picture; it has none that stands for "
+                    "any class (null_class in denoscope.json), as classifier-free guidance needs."
+                )
             if not all(isinstance(label, int) and 0 <= label < classes for label in labels):
                 raise InputError(f"{self.name} takes class numbers from 0 to {classes - 1}, not {labels}.")
             return Condition(extra={"class_labels": torch.tensor(labels, device=self.device)})

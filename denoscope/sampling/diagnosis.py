@@ -154,9 +154,13 @@ class ModelFitting:
         percent = {name: f"{100 * sum(score) / len(score):.1f} %" for name, score in scores.items()}
         top, taken = self.outcomes[best], self.outcomes[cheapest]
         if cheapest == best:
+            others = [name for name in near if name != best]
+            equal = f" ({', '.join(others)} within one standard error)" if others else ""
             cheaper = any(run.calls < top.calls for run in self.outcomes.values())
-            rest = "; nothing cheaper comes within one standard error" if cheaper else " and none is cheaper"
-            return f"{best} has the best off accuracy, {percent[best]} at {top.calls} network calls a sample{rest}."
+            rest = "; nothing cheaper comes so close" if cheaper else ""
+            return (
+                f"{best} has the best off accuracy, {percent[best]} at {top.calls} network calls a sample{equal}{rest}."
+            )
         return (
             f"{cheapest} is the cheapest within one standard error of the best off accuracy: {percent[cheapest]} at "
             f"{taken.calls} network calls a sample, against {percent[best]} at {top.calls} for {best}."

@@ -105,6 +105,8 @@ def trajectory(
     for what, given in (("prompts", prompts), ("labels", labels), ("seeds", seeds)):
         if given is not None and len(given) != n:
             raise InputError(f"There are {len(given)} {what} for {n} samples; give one for each.")
+    if type(steps) is not int or not 1 <= steps <= len(denoiser.schedule):
+        raise InputError(f"The number of steps is {steps}; it must be from 1 to {len(denoiser.schedule)}.")
     generators = [torch.Generator().manual_seed(one) for one in seeds]
     device = denoiser.device
     shape = denoiser.latent_shape(*(size[::-1] if size else (None, None)))
