@@ -1,6 +1,6 @@
 """Wall time of guidance on every step against a fifth of them, on a network of the size of Stable Diffusion 1.5, in one run.
 
-    python benchmarks/guidance.py --size 256 --steps 10 --always-last 0 --batch 1 4 --rounds 1
+    python benchmarks/guidance.py --size 256 --steps 5 --always-last 0 --batch 1 4 --rounds 1
     python benchmarks/guidance.py --arch tiny --size 64 --steps 10       # to try the script
 
 Weights are random, and there is neither text encoder nor autoencoder: what is timed is the denoising loop alone, by
@@ -128,19 +128,22 @@ def main() -> int:
     parser.add_argument("--rate", type=float, default=5)
     parser.add_argument("--always-last", type=int, default=2, help="last steps that are guided in any case")
     parser.add_argument("--batch", type=int, nargs="*", default=[1])
+    sides = ("diffusers", "denoscope")
+    parser.add_argument("--sides", nargs="*", choices=sides, default=sides, help="whose rows; ratios need diffusers")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for guidance.json and guidance.md")
     given = parser.parse_args()
-    if given.size % 64 or given.size < 64 or min(*given.batch, given.rounds, given.steps - 9) < 1:
-        parser.exit(2, "The size must be a multiple of 64, batch and rounds at least 1, and steps at least 10.\n")
+    if given.size % 64 or given.size < 64 or min(*given.batch, given.rounds, given.steps - 4) < 1:
+        parser.exit(2, "The size must be a multiple of 64, batch and rounds at least 1, and steps at least 5.\n")
     console = Console(width=None if sys.stdout.isatty() else 140)
     unet, vae = networks(given.arch, given.device, getattr(torch, given.dtype))
     records: list[dict[str, Any]] = []
     for batch in given.batch:
         schedule = partial(GuidanceSchedule.power, rate=given.rate, always_last=given.always_last)
         runs = rows(unet, vae, given.size, batch, schedule)
+        runs = {name: run for name, run in runs.items() if name.startswith(("diffusers, full", *given.sides))}
         if given.device == "cuda":
             for run in runs.values():
                 run(10)  # kernels are chosen and memory is taken before anything is timed
@@ -158,7 +161,7 @@ def main() -> int:
             record = {"batch": batch, "row": name, "network_rows": found[0][1], "seconds": seconds}
             record |= {"all_seconds": [one[0] for one in found], "time_ratio": seconds / full}
             record |= {"rows_ratio": found[0][1] / base[0][1]}
-            if name in same:
+            if same.get(name) in passes:
                 one, other = found[0][2], passes[same[name]][0][2]
                 record["difference"] = float((one - other).norm() / other.norm())
             records.append(record)

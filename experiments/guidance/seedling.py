@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from classifiers import KINDS, SIZE, read_kinds
-from denoscope.benchmarks.generation import frechet_distance, precision_recall
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import denoscope as ds
+from denoscope.benchmarks.generation import frechet_distance, precision_recall
 from denoscope.denoisers.classifiers import load_classifier
 from denoscope.images import atomically, write
 from denoscope.images.chart import chart
