@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from denoscope.features import FeatureMap, features
     from denoscope.images import Clip, Frame, Picture, read, read_clip, write
     from denoscope.sampling import (
+        APG,
+        CFGZeroStar,
         ClassifierFree,
         ClassifierGuidance,
         GuidanceSchedule,
@@ -44,6 +46,8 @@ _HOMES = {
     "denoscope.features": ("FeatureMap", "features"),
     "denoscope.images": ("Clip", "Frame", "Picture", "read", "read_clip", "write"),
     "denoscope.sampling": (
+        "APG",
+        "CFGZeroStar",
         "ClassifierFree",
         "ClassifierGuidance",
         "GuidanceSchedule",
@@ -60,6 +64,8 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "APG",
+    "CFGZeroStar",
     "Classifier",
     "ClassifierFree",
     "ClassifierGuidance",

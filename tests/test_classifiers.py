@@ -455,6 +455,7 @@ def test_labelled_pictures_are_read(folder, tmp_path):
         (tmp_path / "none", (), ds.MissingError, "no labelled images"),
         (folder, ("lying", "cow"), ds.InputError, "no images of class 'cow'; it has lying, other, standing"),
         (folder, ("lying",), ds.InputError, "one class only"),
+        (folder, ("lying", "lying"), ds.InputError, "'lying' is asked for twice"),
         (folder / "other", (), ds.InputError, "one class only"),
     ]:
         with pytest.raises(error, match=sentence):
@@ -492,13 +493,23 @@ def test_the_command_line(folder, tmp_path, monkeypatch, capsys):
     trained = load_classifier(out, device="cpu")
     assert (trained.names, trained.noise_aware) == (("standing", "lying"), False)
     assert accuracy(trained, *stripes(50, 3)[:1], 1 - stripes(50, 3)[1]) > 0.9
-    status, said = run(folder, "--out", out, *options, "--steps", 2)
-    assert (status, "at t = 750" in said, load_classifier(out, device="cpu").noise_aware) == (0, True, True)
+    before, noisy, fresh = out.read_bytes(), tmp_path / "noisy.safetensors", tmp_path / "fresh.safetensors"
+    status, said = run(folder, "--out", noisy, *options, "--steps", 2)
+    assert (status, "at t = 750" in said, load_classifier(noisy, device="cpu").noise_aware) == (0, True, True)
+    (tmp_path / "a-file").write_text("")
     for wrong, sentence in [
         ([folder, "--out", tmp_path / "c.pt"], "must end in .safetensors"),
-        ([folder, "--out", out, "--width", 40, *options], "multiple of 32"),
-        ([tmp_path / "none", "--out", out], "no labelled images"),
-        ([folder, "--out", out, "--model", GOLDEN / "dift-sd" / "pipeline"], "latents, not on pixels"),
+        ([folder, "--out", fresh, "--width", 40, *options], "multiple of 32"),
+        ([tmp_path / "none", "--out", fresh], "no labelled images"),
+        ([folder, "--out", fresh, "--model", GOLDEN / "dift-sd" / "pipeline"], "latents, not on pixels"),
+        ([folder, "--out", out, *options], "is already there; choose another --out or delete it"),
+        ([folder, "--out", tmp_path / "a-file" / "t.safetensors", *options], "lies in a file, not in a folder"),
+        ([folder, "--out", fresh, *options, "--lr", "nan"], "--lr is nan"),
+        ([folder, "--out", fresh, *options, "--lr", -1], "--lr is -1"),
+        ([folder, "--out", fresh, *options, "--width", 0], "--width is 0"),
+        ([folder, "--out", fresh, *options, "--steps", 0], "--steps is 0; it must be at least 1"),
+        ([folder, "--out", fresh, *options, "--batch", 0], "--batch is 0"),
     ]:
         status, said = run(*wrong)
         assert (status, sentence in " ".join(said.split())) == (2, True), said
+    assert (out.read_bytes() == before, fresh.exists()) == (True, False)

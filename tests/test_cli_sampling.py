@@ -140,9 +140,28 @@ def test_other_settings_need_another_folder(run, tmp_path):
     assert (status, printed) == (2, "")
     assert "other settings (schedule, seed); name another folder" in err
     (out / "samples.json").write_text("[1")
+    assert "samples.json is damaged" in run("sample", "cat", *QUICK, "--out", out)[2]
+    (out / "samples.json").write_text("[1]")
     assert "samples.json of something else" in run("sample", "cat", *QUICK, "--out", out)[2]
     (out / "samples.json").unlink()
     assert "pictures of unknown settings" in run("sample", "cat", *QUICK, "--out", out)[2]
+
+
+def test_nothing_in_the_folder_is_left_without_a_record_or_unreadable(run, tmp_path):
+    out = tmp_path / "o"
+    command = ["sample", "cat", "dog", *QUICK, "--out", out]
+    assert run(*command, "--count", 3)[0] == 0
+    before = (out / "samples.json").read_bytes()
+    status, printed, err = run(*command, "--count", 2)
+    assert (status, printed) == (2, "")
+    assert "holds 000005.png, more than --count asks for; give --count 3 or more" in err
+    assert (out / "samples.json").read_bytes() == before
+    (out / "000001.png").write_bytes((out / "000001.png").read_bytes()[:60])
+    status, _, err = run(*command, "--count", 3)
+    assert status == 2
+    assert "000001.png is damaged; delete it and run the same command again" in err
+    (out / "000001.png").unlink()
+    assert run(*command, "--count", 3)[0] == 0
 
 
 def test_the_report_compares_with_guidance_on_every_step(run, tmp_path, guide):
@@ -272,7 +291,7 @@ def test_diagnose_prints_a_table_and_a_recommendation(run, tmp_path, guide):
     lines = out.splitlines()
     assert [line.split()[0] for line in lines[1:5]] == ["full", "compressed", "UG", "ES"]
     assert lines[0].split()[:4] == ["run", "guided", "calls", "seconds"]
-    assert "This rests on 4 samples" in out
+    assert "This rests on 4 samples: so few carry no verdict" in out
     saved = json.loads((tmp_path / "o" / "diagnosis.json").read_text())
     assert saved["labels"] == [0, 1, 0, 1]
     assert saved["outcomes"]["compressed r2"]["guided"] == [0, 2, 3]
@@ -305,6 +324,10 @@ def test_diagnose_prints_a_table_and_a_recommendation(run, tmp_path, guide):
         (["sample", "cat", "--scale", 2], "--scale belongs to guidance by a classifier"),
         (["sample", "cat", "--size", 4], "too small"),
         (["sample", "cat", "--size", "4x4x4"], "--size '4x4x4' is not understood"),
+        (["sample", "cat", "--size", 50000], "--size 50000 is too large; sides have at most 16384 pixels"),
+        (["sample", "cat", "--start", "PHOTO", "--mask", "MASK"], "is 16x8 but --start"),
+        (["sample", "cat", "--start", "PHOTO", "--mask", "MASK"], "resize the mask to 32x32"),
+        (["sample", "cat", "--out", "/proc/foo"], "--out /proc/foo cannot be written to"),
         (["sample", "cat", "--mask", "m.png"], "--mask belongs to a picture"),
         (["sample", "cat", "--start", "none.png"], "no file none.png"),
         (["sample", "cat", "--start", "PHOTO", "--strength", 2], "--strength is 2"),
@@ -325,16 +348,26 @@ def test_diagnose_prints_a_table_and_a_recommendation(run, tmp_path, guide):
         (["guidance", "schedule", "--kind", "dear"], "--kind 'dear' is unknown"),
         (["guidance", "schedule", "--schedule", "sigma:1-2"], "needs a model's noise levels"),
         (["guidance", "schedule", "--plot", "s.txt"], "cannot be written as .txt"),
+        (["guidance", "schedule", "--plot", "INSIDE"], "lies in a file, not in a folder"),
+        (["guidance", "schedule", "--plot", "/proc/foo/x.png"], "--plot /proc/foo/x.png cannot be written"),
         (["guidance", "diagnose", "--on", "none.pt", "--off", "GUIDE"], "no classifier 'none.pt'"),
-        (["guidance", "diagnose", "--on", "GUIDE", "--off", "GUIDE", "--labels", "0,bird"], "has no class 'bird'"),
-        (["guidance", "diagnose", "--on", "GUIDE", "--off", "GUIDE", "--rates", "few"], "--rates 'few'"),
+        (["guidance", "diagnose", "--on", "GUIDE", "--off", "OFF", "--labels", "0,bird"], "has no class 'bird'"),
+        (["guidance", "diagnose", "--on", "GUIDE", "--off", "OFF", "--rates", "few"], "--rates 'few'"),
+        (["guidance", "diagnose", "--on", "GUIDE", "--off", "OFF"], "--rates 1,5 (by default 1,5) holds 5"),
+        (["guidance", "diagnose", "--on", "GUIDE", "--off", "GUIDE"], "is also given as --on"),
         (["guidance", "diagnose", "--on", "GUIDE", "--off", "GUIDE", "--count", 0], "at least 1"),
         (["guidance", "diagnose", "--on", "GUIDE", "--off", "GUIDE", "--scale", "nan"], "--scale is nan"),
     ],
 )
 def test_mistakes_are_one_sentence(run, tmp_path, guide, arguments, sentence):
     Image.new("RGB", (32, 32)).save(tmp_path / "photo.png")
-    places = {"PHOTO": tmp_path / "photo.png", "GUIDE": guide / "on.safetensors"}
+    Image.new("RGB", (16, 8), "white").save(tmp_path / "mask.png")
+    places = {
+        "PHOTO": tmp_path / "photo.png",
+        "MASK": tmp_path / "mask.png",
+        "INSIDE": tmp_path / "photo.png" / "x.png",
+    }
+    places |= {"GUIDE": guide / "on.safetensors", "OFF": guide / "off.safetensors"}
     given = [places.get(a, a) for a in arguments]
     quick = [] if given[1] == "schedule" else QUICK
     out = [] if "--out" in given or given[1] == "schedule" else ["--out", tmp_path / "o"]

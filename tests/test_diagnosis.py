@@ -181,7 +181,8 @@ def outcome(calls: int, right: int, n: int, by_classifier: bool = True) -> Outco
         ),
         (100, {"full": (100, 80), "gap": (62, 98)}, "(points: full 20.0 ± 4.5)", "gap 2.0"),
         (100, {"full": (100, 97), "gap": (62, 98)}, "Model-fitting does not show", "points:"),
-        (4, {"full": (100, 1), "gap": (62, 2)}, "Model-fitting does not show", "points:"),
+        (20, {"full": (100, 18), "gap": (62, 19)}, "Model-fitting does not show", "points:"),
+        (19, {"full": (100, 1), "gap": (62, 2)}, "so few carry no verdict; take 20 or more", "full"),
         (100, {"full": (100, 80)}, "standard error of up to 4.0 points", "cheapest"),
     ],
 )
@@ -236,7 +237,30 @@ def test_mistakes_are_named(changed: dict[str, Any], sentence: str) -> None:
         diagnose(Gaussian(), **{**options, **SETTINGS, **changed})
 
 
-def test_classes_named_differently_are_noted() -> None:
-    one, other = (Classifier.of(Means(slice(0, 2)), 3, names=names) for names in (("a", "b", "c"), ("c", "b", "a")))
-    with pytest.warns(UserWarning, match="name their classes differently"):
-        diagnose(Gaussian(), {"nothing": None}, labels=[0], off={"one": one, "other": other}, **SETTINGS)
+class Turned(Means):
+    """Its classes are in another order."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(x, t).flip(1)
+
+
+def test_classes_are_matched_by_name() -> None:
+    names = ("a", "b", "c")
+    one = Classifier.of(Means(slice(0, 2)), 3, names=names)
+    other = Classifier.of(Turned(slice(0, 2)), 3, names=names[::-1])
+    unnamed = Classifier.of(Means(slice(0, 2)), 3, names=("LABEL_0", "LABEL_1", "LABEL_2"))
+    off = {"other": other, "unnamed": unnamed}
+    found = diagnose(
+        Gaussian(), {"full": ClassifierGuidance(one, 6.0)}, labels=LABELS, on=one, off=off, at_once=7, **SETTINGS
+    )
+    run = found.outcomes["full"]
+    assert run.correct["on"] == run.correct["other"] == run.correct["unnamed"]
+    assert run.losses["on"] == pytest.approx(run.losses["other"], abs=1e-6)
+    assert run.curves["on"] == pytest.approx(run.curves["other"], abs=1e-6)
+    wrong = [
+        (Classifier.of(Means(slice(0, 2)), 3, names=("a", "b", "d")), r"other classes \(a, b, d\) than the labels"),
+        (Classifier.of(Means(slice(0, 2)), 4), "tells 4 classes apart where the labels are of 3"),
+    ]
+    for judge, sentence in wrong:
+        with pytest.raises(ds.InputError, match=sentence):
+            diagnose(Gaussian(), {"nothing": None}, labels=[0], on=one, off={"judge": judge}, **SETTINGS)

@@ -21,6 +21,7 @@ app = typer.Typer(help="Guidance on a few steps: schedules and diagnosis.", no_a
 
 RULES = ("mask", "gap", "multiplicity", "reuse")
 SEEN = ("noisy", "x0", "x0-through")
+LARGEST = 1 << 14  # pixels of a side
 
 Rate = Annotated[float | None, typer.Option(help="Guide about one step in RATE (power, uniform; by default 5).")]
 K = Annotated[
@@ -81,7 +82,7 @@ def schedule(
     chosen: Any = placement(steps, schedule, rate, k, always_last)
     calls, cost, weights = chosen.nfe(kind), chosen.relative_cost(kind, classifier_cost), chosen.weights(rule)
     if plot is not None:
-        write(chosen.plot(rule), plot)
+        write(chosen.plot(rule), options.file(plot, "--plot"))
     if as_json:
         name = (schedule or "power").partition(":")[0]
         told = {"positions": list(chosen.positions), "weights": list(weights), "network_calls": calls}
@@ -137,6 +138,7 @@ def diagnose(
     if not math.isfinite(scale):
         raise InputError(f"--scale is {scale}; it must be a finite number.")
     one_of("--guide-at", guide_at, SEEN)
+    _distinct(on, off)
     denoiser = ds.load(model, device, dtype)
     check_steps(steps, denoiser)
     guide = ds.load_classifier(on, denoiser.device)
@@ -174,6 +176,15 @@ def diagnose(
     print(f"Picture: {out / 'diagnosis.png'}\nNumbers: {out / 'diagnosis.json'}, {out / 'diagnosis.csv'}")
 
 
+def _distinct(on: Path, off: Sequence[Path]) -> None:
+    """A classifier that judges itself, or that judges twice, tells nothing."""
+    seen = {on.expanduser().resolve(): "--on"}
+    for path in off:
+        if earlier := seen.get(place := path.expanduser().resolve()):
+            raise InputError(f"--off {path} is also given as {earlier}; name a classifier that was trained separately.")
+        seen[place] = "--off"
+
+
 def _runs(
     guide: Any, steps: int, scale: float, rates: str, k: float | None, baselines: bool, guide_at: str | None
 ) -> dict[str, Any]:
@@ -184,6 +195,10 @@ def _runs(
         asked = [float(rate) for rate in rates.split(",")]
     except ValueError:
         raise InputError(f"--rates {rates!r} are not understood; write them as 1,5.") from None
+    if wrong := [rate for rate in asked if not 1 <= rate <= steps]:
+        raise InputError(
+            f"--rates {rates} (by default 1,5) holds {wrong[0]:g}; rates go from 1 (every step) to {steps}, the --steps."
+        )
     at: Any = guide_at or ("noisy" if guide.noise_aware else "x0")
     guided = partial(ds.ClassifierGuidance, guide, scale, at=at)
     power, skew = partial(ds.GuidanceSchedule.power, steps, k=k), "" if k is None else f" k{k:g}"
@@ -292,8 +307,10 @@ def parse_size(text: str | None, denoiser: Any) -> tuple[int, int] | None:
     if text is None:
         return None
     sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and int(side) <= 1 << 14 for side in sides):
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
         raise InputError(f"--size {text!r} is not understood; write it as 64 or 96x64, in pixels.")
+    if any(len(side) > 9 or int(side) > LARGEST for side in sides):
+        raise InputError(f"--size {text} is too large; sides have at most {LARGEST} pixels.")
     width, height = int(sides[0]), int(sides[-1])
     if min(width, height) < denoiser.minimum:
         raise InputError(f"--size {text} is too small; {denoiser.name} needs sides of {denoiser.minimum} pixels.")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,6 +78,23 @@ def folder(out: Path) -> Path:
     """The folder for results, made before any long work."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            return out
     except (FileExistsError, NotADirectoryError):
         raise InputError(f"--out {out} is a file or lies in one; name a folder.") from None
-    return out
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be written to ({error.strerror}); name another folder.") from None
+
+
+def file(path: Path, option: str) -> Path:
+    """A file for a result; its folder is made before any long work."""
+    try:
+        if path.is_dir():
+            raise InputError(f"{option} {path} is a folder; name a file.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            return path
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"{option} {path} lies in a file, not in a folder; name another place.") from None
+    except OSError as error:
+        raise InputError(f"{option} {path} cannot be written ({error.strerror}); name another place.") from None

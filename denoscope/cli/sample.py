@@ -3,6 +3,7 @@
 import json
 import math
 import warnings
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
@@ -145,6 +146,7 @@ def sample(
     options.folder(out)
     state = _recorded(out, settings)
     total = count * max(len(words), 1)
+    _not_fewer(out, variants, total, max(len(words), 1))
     _make(denoiser, out, total, variants, told, labels, seed, at_once, state)
     captions = [words[i % len(words)] if words else "" for i in range(total)]
     state["samples"] = [{"file": f"{i:06d}.png", "prompt": captions[i], "seed": seed + i} for i in range(total)]
@@ -190,8 +192,12 @@ def _start(
     if not 0 < strength <= 1:
         raise InputError(f"--strength is {strength:g}; it must be above 0 and at most 1.")
     picture = ds.read(start)
-    inside = None if mask is None else torch.from_numpy(read_mask(mask, picture.size))
     own = f"{picture.width}x{picture.height}"
+    if mask is not None and (found := ds.read(mask)).size != picture.size:
+        raise InputError(
+            f"--mask {mask} is {found.width}x{found.height} but --start {start} is {own}; resize the mask to {own}."
+        )
+    inside = None if mask is None else torch.from_numpy(read_mask(mask, picture.size))
     try:
         size: Any = given["size"] or shared.parse_size(own, denoiser)
     except InputError as error:
@@ -230,12 +236,37 @@ def _recorded(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
         return {"settings": settings, "runs": {}}
     try:
         found = json.loads(file.read_text())
-        before = found["settings"]
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"--out {out} holds a samples.json of something else; name another folder.") from None
+    except ValueError:
+        raise InputError(
+            f"{file} is damaged, so that the settings of the pictures are not known; delete all of them, or name another --out."
+        ) from None
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), dict) for key in ("settings", "runs")):
+        raise InputError(f"--out {out} holds a samples.json of something else; name another folder.")
+    before = found["settings"]
     if changed := [key for key in settings | before if settings.get(key) != before.get(key)]:
         raise InputError(f"--out {out} holds samples with other settings ({', '.join(changed)}); name another folder.")
     return found
+
+
+def _not_fewer(out: Path, variants: Iterable[str], total: int, prompts: int) -> None:
+    """A smaller --count would leave pictures without a record."""
+    stems = (file.stem for variant in variants for file in (out / variant).glob("*.png"))
+    numbers = [int(stem) for stem in stems if stem.isdecimal()]
+    if numbers and max(numbers) >= total:
+        raise InputError(
+            f"--out {out} holds {max(numbers):06d}.png, more than --count asks for; give --count "
+            f"{max(numbers) // prompts + 1} or more, or name another folder."
+        )
+
+
+def _read(file: Path) -> Any:
+    """A picture that this or an earlier run made."""
+    import denoscope as ds
+
+    try:
+        return ds.read(file)
+    except InputError:
+        raise InputError(f"{file} is damaged; delete it and run the same command again.") from None
 
 
 def _make(
@@ -302,10 +333,8 @@ def _save(out: Path, state: dict[str, Any]) -> None:
 
 def _report(out: Path, state: dict[str, Any]) -> dict[str, Any]:
     """Print costs and times beside those of guidance on every step, and how much the pictures differ."""
-    import denoscope as ds
-
     files = [row["file"] for row in state["samples"]]
-    pairs = ((ds.read(out / file).pixels, ds.read(out / "full" / file).pixels) for file in files)
+    pairs = ((_read(out / file).pixels, _read(out / "full" / file).pixels) for file in files)
     difference = 255 * sum(float((one - other).abs().mean()) for one, other in pairs) / len(files)
     runs = {name: state["runs"][name] for name in ("asked", "full")}
     calls = {name: sum(run["network_calls"].values()) for name, run in runs.items()}
@@ -327,7 +356,6 @@ def _grid(out: Path, captions: list[str], notes: dict[str, str], prompts: int) -
     """A contact sheet of the first samples; below each row of them the same of other variants, told apart by notes."""
     from PIL import Image
 
-    import denoscope as ds
     from denoscope.images import write
     from denoscope.images.draw import contact_sheet
 
@@ -338,7 +366,7 @@ def _grid(out: Path, captions: list[str], notes: dict[str, str], prompts: int) -
     for low in range(0, len(captions), columns):
         row = range(low, min(low + columns, len(captions)))
         for variant, note in notes.items():
-            images += [ds.read(out / variant / f"{i:06d}.png").image() for i in row]
+            images += [_read(out / variant / f"{i:06d}.png").image() for i in row]
             labels += [(captions[i] + note).removeprefix(", ") for i in row]
             images += [Image.new("RGB", images[-1].size, "white")] * (columns - len(row))
             labels += [""] * (columns - len(row))

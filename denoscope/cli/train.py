@@ -1,5 +1,6 @@
 """`denoscope train`: small trainers."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,19 +47,17 @@ def classifier(
     out: Annotated[Path, typer.Option(help="File for the weights; what they are is told in a .json beside it.")] = Path(
         "runs/classifier.safetensors"
     ),
-    size: Annotated[
-        int, typer.Option(min=4, help="Side of the pictures in pixels, as the guided model makes them.")
-    ] = 32,
+    size: Annotated[int, typer.Option(help="Side of the pictures in pixels, as the guided model makes them.")] = 32,
     clean: Annotated[
         bool, typer.Option("--clean", help="Train on pictures without noise: to judge, not to guide.")
     ] = False,
     model: options.Model = "seedling",
     classes: Annotated[str | None, typer.Option(help="Use only these classes: dog,cat,bird.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Batches to learn from.")] = 2000,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures of a batch.")] = 64,
+    steps: Annotated[int, typer.Option(help="Batches to learn from.")] = 2000,
+    batch: Annotated[int, typer.Option(help="Pictures of a batch.")] = 64,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
     width: Annotated[int, typer.Option(help="Channels of the first levels, a multiple of 32.")] = 32,
-    depth: Annotated[int, typer.Option(min=1, help="Residual blocks of a level.")] = 1,
+    depth: Annotated[int, typer.Option(help="Residual blocks of a level.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of weights, draws and noise.")] = 0,
     device: options.Device = "auto",
 ) -> None:
@@ -71,7 +70,19 @@ def classifier(
 
     if out.suffix != ".safetensors":
         raise InputError(f"--out {out} must end in .safetensors.")
-    options.folder(out.parent)
+    for option, value, least in (("size", size, 4), ("steps", steps, 1), ("batch", batch, 1), ("depth", depth, 1)):
+        if value < least:
+            raise InputError(f"--{option} is {value}; it must be at least {least}.")
+    if width < 32 or width % 32:
+        raise InputError(f"--width is {width}; it must be a multiple of 32.")
+    if not 0 < lr < math.inf:
+        raise InputError(f"--lr is {lr:g}; it must be a number above 0, e.g. 0.001.")
+    if not 0 <= seed < 1 << 62:
+        raise InputError(f"--seed is {seed}; it must be a whole number from 0 to 2^62.")
+    options.file(out, "--out")
+    for there in (out, out.with_suffix(".json")):
+        if there.exists():
+            raise InputError(f"--out {out}: {there} is already there; choose another --out or delete it.")
     wanted = [name.strip() for name in (classes or "").split(",") if name.strip()]
     guided = None if clean else load(model, device="cpu")
     channels = 3 if guided is None else guided.latent_shape()[0]

@@ -76,7 +76,7 @@ class Prediction:
                 return self.eps - self.x0
 
     def moved(self, gradient: Tensor) -> "Prediction":
-        """With eps moved by `-s gradient`, and x_0 by `s^2 / a gradient`: guidance of the score (Dhariwal and Nichol, eq. 14)."""
+        """Guided by the score (Dhariwal and Nichol, eq. 14): eps moved by `-s gradient`, and so x_0 by `s^2 / a gradient`."""
         factor = {"epsilon": -self.s, "sample": self.s**2 / self.a}.get(self.kind, -self.s / self.a)
         return self.given(self.value + factor * gradient)
 

@@ -31,6 +31,8 @@ from denoscope.sampling.sampler import Prompts, Step, trajectory
 Pair = tuple[ClassifierFree | None, ClassifierGuidance | None]
 Guide = ClassifierFree | ClassifierGuidance | Pair | None
 
+FEW = 20  # fewer samples carry no verdict
+
 
 def paired(one: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
     """Mean of d = one - other over samples, and its standard error if there were no difference, `sqrt(sum d^2) / n`.
@@ -126,7 +128,9 @@ class ModelFitting:
 
     @property
     def recommendation(self) -> str:
-        """Whether model-fitting shows, which run to take, and how far the number of samples carries."""
+        """Whether model-fitting shows, which run to take, and how far the number of samples carries; no verdict on a few."""
+        if self.samples < FEW:
+            return f"This rests on {self.samples} samples: so few carry no verdict; take {FEW} or more."
         return " ".join(filter(None, (self._fitting(), self._choice(), self._caution())))
 
     def _fitting(self) -> str:
@@ -247,12 +251,13 @@ def diagnose(
 
     runs: name: the guidance, by classifier, classifier-free, both as a pair, or None. labels: the class of every sample, by
     number. on: the classifier that guides; None when none does. off: classifiers that did not guide; to tell anything they
-    must be about as good as `on` on real pictures, and trained on other ones. prompts: what the model is told, as of `sample`.
+    must be about as good as `on` on real pictures, and trained on other ones. Where both have names of classes, their classes
+    are matched by name. prompts: what the model is told, as of `sample`.
 
     Along the way, noise-aware judges look at what the network saw and others at the decoded x0 estimate; at the end all look
     at the sample, at timestep 0. report(done, total): called after every step, in sample steps.
 
-    Raises InputError for settings that do not fit, judges that lack a class, and runs guided by another classifier than `on`.
+    Raises InputError for settings that do not fit, judges of other classes, and runs guided by another classifier than `on`.
     """
     pairs = {name: _pair(guide) for name, guide in runs.items()}
     n, labels = len(labels), list(labels)
@@ -261,22 +266,19 @@ def diagnose(
     if "on" in off:
         raise InputError("An off-sampling classifier cannot be called 'on'; give it another name.")
     judges = {**({} if on is None else {"on": on}), **off}
-    for judge in judges.values():
-        judge.check_labels(labels, n)
+    guides = [on, *(guidance.classifier for _, guidance in pairs.values() if guidance is not None)]
+    counts = next((guide for guide in guides if guide is not None), next(iter(judges.values())))
+    counts.check_labels(labels, n)
+    numbers = {name: _numbers(labels, counts, name, judge) for name, judge in judges.items()}
     for name, (_, guidance) in pairs.items():
         if on is not None and guidance is not None and guidance.classifier.module is not on.module:
             raise InputError(f"The run {name!r} is guided by another classifier than `on`; diagnose it by itself.")
-    named = {judge.names for judge in judges.values() if judge.names}
-    if len(named) > 1:
-        warnings.warn(
-            "The classifiers name their classes differently; see that their numbers mean the same.", stacklevel=2
-        )
     outcomes: dict[str, Outcome] = {}
     shared = {"steps": steps, "solver": solver, "size": size}
     for name, pair in pairs.items():
         base = len(outcomes)
         outcomes[name] = _followed(
-            denoiser, pair, judges, labels, prompts, seed, at_once, shared,
+            denoiser, pair, judges, labels, numbers, prompts, seed, at_once, shared,
             lambda done, total, base=base: report(base * total + done, len(pairs) * total),
         )  # fmt: skip
     record = {
@@ -293,6 +295,34 @@ def diagnose(
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
     }
     return ModelFitting(outcomes, record)
+
+
+def _names(classifier: Classifier) -> tuple[str, ...]:
+    """Of its classes; LABEL_0 … of transformers are none."""
+    placeholders = all(name == f"LABEL_{i}" for i, name in enumerate(classifier.names))
+    return () if placeholders else classifier.names
+
+
+def _numbers(labels: list[int], counts: Classifier, name: str, judge: Classifier) -> list[int]:
+    """Labels, given as `counts` numbers its classes, as `judge` does: by name where both have names."""
+    if judge.classes != counts.classes:
+        raise InputError(
+            f"The classifier {name!r} tells {judge.classes} classes apart where the labels are of {counts.classes}; use "
+            "judges of the same classes."
+        )
+    theirs, own = _names(counts), _names(judge)
+    if not theirs or not own or theirs == own:
+        return labels
+    if len(set(own)) < len(own) or set(theirs) != set(own):
+        raise InputError(
+            f"The classifier {name!r} has other classes ({_first(own)}) than the labels are of ({_first(theirs)}); use judges "
+            "of the same classes."
+        )
+    return [own.index(theirs[label]) for label in labels]
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
 
 
 def _pair(guide: Guide) -> Pair:
@@ -312,13 +342,14 @@ def _followed(
     pair: Pair,
     judges: Mapping[str, Classifier],
     labels: list[int],
+    numbers: Mapping[str, list[int]],
     prompts: Prompts,
     seed: int,
     at_once: int,
     options: Mapping[str, Any],
     report: Callable[[int, int], None],
 ) -> Outcome:
-    """One run, and what the judges say of it."""
+    """One run, and what the judges say of it. numbers: the labels as every judge counts its classes."""
     guidance, classifier = pair
     n, seconds = len(labels), 0.0
     first: list[tuple[int, bool, float, int, int]] = []  # what the steps of the first part were
@@ -336,7 +367,8 @@ def _followed(
     with warnings.catch_warnings(action="ignore"):
         next(run(0))  # what a library does only the first time is not timed
     for low in range(0, n, at_once):
-        targets, step = torch.tensor(labels[low : low + at_once]), None
+        targets = {judge: torch.tensor(own[low : low + at_once]) for judge, own in numbers.items()}
+        many, step = min(at_once, n - low), None
         with warnings.catch_warnings():
             if low:  # said once is enough
                 warnings.simplefilter("ignore")
@@ -349,7 +381,7 @@ def _followed(
                 for judge, (loss, _) in verdicts.items():
                     curves[judge] += [] if low else [0.0]
                     curves[judge][step.index] += float(loss.sum()) / n
-                report(low * step.steps + (step.index + 1) * len(targets), n * step.steps)
+                report(low * step.steps + (step.index + 1) * many, n * step.steps)
         assert step is not None
         for judge, (loss, right) in _verdicts(denoiser, judges, None, step.after, 0, targets).items():
             losses[judge] += loss.tolist()
@@ -381,7 +413,12 @@ def _timed(steps: Iterator[Step], device: torch.device) -> Iterator[tuple[Step, 
 
 @torch.no_grad()
 def _verdicts(
-    denoiser: Denoiser, judges: Mapping[str, Classifier], noisy: Tensor | None, clean: Tensor, t: float, labels: Tensor
+    denoiser: Denoiser,
+    judges: Mapping[str, Classifier],
+    noisy: Tensor | None,
+    clean: Tensor,
+    t: float,
+    labels: Mapping[str, Tensor],
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """For every judge, -log p(y | .) and whether y is its first choice, one a sample.
 
@@ -397,6 +434,6 @@ def _verdicts(
     for name, judge in judges.items():
         seen = noisy if judge.noise_aware or pixels is None else pixels
         logits = judge.logits(seen, torch.full((len(seen),), round(t), device=seen.device)).cpu()
-        loss = -logits.log_softmax(1).gather(1, labels[:, None])[:, 0]
-        found[name] = loss, logits.argmax(1) == labels
+        loss = -logits.log_softmax(1).gather(1, labels[name][:, None])[:, 0]
+        found[name] = loss, logits.argmax(1) == labels[name]
     return found

@@ -4,6 +4,7 @@ The descriptions here are immutable; `begin(n)` gives the state of one run. Comp
 2408.11194) is any of them with a sparse `GuidanceSchedule`.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from denoscope.denoisers.classifiers import Classifier
 from denoscope.denoisers.protocol import Denoiser
 from denoscope.denoisers.schedule import Prediction
 from denoscope.errors import InputError
-from denoscope.sampling.schedules import GuidanceSchedule, Rule, check_rule
+from denoscope.sampling.schedules import GuidanceSchedule, Rule, check_rule, check_schedule
 
 Scale = int | float | Callable[[int], float]  # a number, or one for every step (weight schedules, arXiv 2404.13040)
 ScheduleLike = GuidanceSchedule | Callable[[int], GuidanceSchedule] | None
@@ -27,10 +28,16 @@ def resolve(schedule: ScheduleLike, n: int) -> GuidanceSchedule:
     """The schedule for a run of n steps; None guides every step. Raises InputError when it was made for another length."""
     if schedule is None:
         return GuidanceSchedule.all(n)
+    check_schedule(schedule)
     made = schedule if isinstance(schedule, GuidanceSchedule) else schedule(n)
     if len(made) != n:
         raise InputError(f"The guidance schedule is for {len(made)} steps, but the run has {n}; make it for {n} steps.")
     return made
+
+
+def _check_scale(scale: Scale) -> None:
+    if not callable(scale) and not math.isfinite(scale):
+        raise InputError(f"The guidance scale is {scale}; it must be a finite number.")
 
 
 def _at(scale: Scale, j: int) -> float:
@@ -94,6 +101,11 @@ class ClassifierFree:
 
     def __post_init__(self) -> None:
         check_rule(self.rule)
+        _check_scale(self.scale)
+        if not isinstance(self.combine, APG | CFGZeroStar | None):
+            raise InputError(
+                f"combine is {self.combine!r}; give APG() or CFGZeroStar(), or None for the plain formula."
+            )
         if self.space not in ("output", "x0"):
             raise InputError(f"Space {self.space!r} is unknown; use output or x0.")
         if not 0 <= self.rescale <= 1:
@@ -195,6 +207,11 @@ class ClassifierGuidance:
 
     def __post_init__(self) -> None:
         check_rule(self.rule)
+        _check_scale(self.scale)
+        if not isinstance(self.classifier, Classifier):
+            raise InputError(
+                "classifier must be a Classifier; load a file with load_classifier or wrap a network: Classifier.of."
+            )
         if self.at not in ("noisy", "x0", "x0-through"):
             raise InputError(f"at is {self.at!r}; the classifier can look at noisy, x0 or x0-through.")
         if self.gap_variance == "sum" and self.rule != "gap":
@@ -258,7 +275,8 @@ class ClassifierRun:
         if not gradient.isfinite().all():
             if guidance.nonfinite == "raise":
                 raise InputError(
-                    f"The classifier's gradient is not finite at step {j}; lower the scale, or use nonfinite='zero'."
+                    f"The classifier's gradient is not finite at step {j}; lower its scale, or zero such values "
+                    "(nonfinite='zero' in Python)."
                 )
             gradient = gradient.nan_to_num(0.0, 0.0, 0.0)
         self.stored = gradient * (_at(guidance.scale, j) * self.weights[j])

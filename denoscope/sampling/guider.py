@@ -76,6 +76,8 @@ class CompressGuidance(BaseGuidance):
     ):
         super().__init__(enabled=enabled)
         check_rule(rule)
+        if not math.isfinite(guidance_scale):
+            raise InputError(f"guidance_scale is {guidance_scale}; it must be a finite number.")
         if order < 1:
             raise InputError(f"order is {order}; it must be at least 1 (the scheduler's network calls a step).")
         self.guidance_scale = guidance_scale

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from denoscope.errors import InputError
-from denoscope.sampling.schedules import GuidanceSchedule, Rule, check_rule
+from denoscope.sampling.schedules import GuidanceSchedule, Rule, check_rule, check_schedule
 from denoscope.sampling.solvers import MULTISTEP, outer_step
 
 _NETWORKS = ("unet", "transformer", "transformer_2", "unconditional_transformer")
@@ -114,6 +114,8 @@ def compress_guidance(
     the length of `schedule` is not the number of steps.
     """
     check_rule(rule)
+    if schedule is not None:
+        check_schedule(schedule)
     name = type(pipe).__name__
     networks = {id(m): m for part in _NETWORKS if isinstance(m := getattr(pipe, part, None), nn.Module)}.values()
     scheduler, controlnet = getattr(pipe, "scheduler", None), getattr(pipe, "controlnet", None)

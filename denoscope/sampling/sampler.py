@@ -100,13 +100,20 @@ def trajectory(
 
     Raises InputError for settings that do not fit the model or one another.
     """
+    for what, given, kind in (("guidance", guidance, ClassifierFree), ("classifier", classifier, ClassifierGuidance)):
+        if not isinstance(given, kind | None):
+            raise InputError(f"{what} must be a {kind.__name__}, not {given!r}.")
+    if isinstance(watch, str):
+        raise InputError(f"watch is a list of sites; write [{watch!r}].")
     n = _samples(prompts, labels, seed, batch, start)
     seeds = [seed + i for i in range(n)] if isinstance(seed, int) else [int(one) for one in seed]
     for what, given in (("prompts", prompts), ("labels", labels), ("seeds", seeds)):
         if given is not None and len(given) != n:
             raise InputError(f"There are {len(given)} {what} for {n} samples; give one for each.")
     if type(steps) is not int or not 1 <= steps <= len(denoiser.schedule):
-        raise InputError(f"The number of steps is {steps}; it must be from 1 to {len(denoiser.schedule)}.")
+        raise InputError(
+            f"The number of steps is {steps!r}; it must be a whole number from 1 to {len(denoiser.schedule)}."
+        )
     generators = [torch.Generator().manual_seed(one) for one in seeds]
     device = denoiser.device
     shape = denoiser.latent_shape(*(size[::-1] if size else (None, None)))
@@ -237,6 +244,8 @@ def _unconditional(denoiser: Denoiser, negative: Prompts, n: int) -> Condition:
 def _known(denoiser: Denoiser, start: Picture | Tensor, generators: list[torch.Generator], n: int) -> Tensor:
     """Latents to start from, a row for every sample; the autoencoder's posterior is sampled, as the pipelines do."""
     if isinstance(start, Tensor):
+        if not start.isfinite().all():
+            raise InputError("The latents to start from are not all finite.")
         if len(start) not in (1, n):
             raise InputError(
                 f"There are {len(start)} latents to start from and {n} samples; give one, or one for each."

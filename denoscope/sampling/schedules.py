@@ -20,6 +20,11 @@ Kind = Literal["cfg", "classifier"]
 RULES: tuple[str, ...] = get_args(Rule)
 
 
+def check_schedule(schedule: Any) -> None:
+    if not isinstance(schedule, GuidanceSchedule) and not callable(schedule):
+        raise InputError(f"{schedule!r} is no schedule; give a GuidanceSchedule, or a function from steps to one.")
+
+
 def check_rule(rule: str) -> None:
     if rule not in RULES:
         raise InputError(f"Rule {rule!r} is unknown; use {', '.join(RULES)}.")
@@ -45,8 +50,10 @@ class GuidanceSchedule:
         """
         n, m = _steps(n), _many(n, rate)
         k = (1.0 if n < 100 else 2.0) if k is None else k
-        if not 0 < k < float("inf"):
-            raise InputError(f"k is {k}; it must be larger than 0 (1 spreads guidance evenly, 2 puts it early).")
+        if not 0 < k <= 100:
+            raise InputError(
+                f"k is {k}; it must be larger than 0 (1 spreads guidance evenly, 2 puts it early), at most 100."
+            )
         if type(always_last) is not int or not 0 <= always_last <= n:
             raise InputError(f"always_last is {always_last}; it must be a whole number from 0 to {n}.")
         counts, c = [0] * n, n / m**k
@@ -91,7 +98,9 @@ class GuidanceSchedule:
         """
         n = _steps(n)
         if not start <= stop:
-            raise InputError(f"The interval {start:g} to {stop:g} is empty; start must not be larger than stop.")
+            raise InputError(
+                f"The interval {start:g} to {stop:g} is empty; start must be a number not larger than stop."
+            )
         match unit:
             case "fraction":
                 first, last = int(_fraction("start", start) * n), int(_fraction("stop", stop) * n)
@@ -110,8 +119,8 @@ class GuidanceSchedule:
     def random(cls, n: int, count: int, seed: int = 0) -> "GuidanceSchedule":
         """`count` steps chosen at random: the control that structured placements must beat."""
         n = _steps(n)
-        if not 0 <= count <= n:
-            raise InputError(f"count is {count}; it must be from 0 to {n}.")
+        if type(count) is not int or not 0 <= count <= n:
+            raise InputError(f"count is {count}; it must be a whole number from 0 to {n}.")
         return cls._of(n, random.Random(seed).sample(range(n), count), f"random {count}")
 
     @classmethod

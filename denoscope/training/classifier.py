@@ -57,9 +57,11 @@ def read_labelled(
     path: a folder with one sub-folder of images per class, or parquet in the Hugging Face image layout with the column `label`.
     classes: the names to use, in this order; by default all there are, sorted.
 
-    Raises MissingError when the path is not there, InputError when there are fewer than two classes, an asked one has no images
-    or an image cannot be read.
+    Raises MissingError when the path is not there, InputError when there are fewer than two classes, one is asked for twice or
+    has no images, or an image cannot be read.
     """
+    if twice := [name for i, name in enumerate(classes) if name in classes[:i]]:
+        raise InputError(f"The class {twice[0]!r} is asked for twice; name every class once.")
     path = Path(path)
     if not path.exists():
         raise MissingError(f"There are no labelled images at {path}; give a folder of class folders or a parquet file.")
@@ -134,6 +136,8 @@ def train_classifier(
     _check(images, labels, config)
     if steps < 1 or batch < 1 or not 0 < crop[0] <= crop[1] <= 1:
         raise InputError("steps and batch must be at least 1, and crop two shares with 0 < low <= high <= 1.")
+    if not 0 < lr < math.inf:
+        raise InputError(f"lr is {lr:g}; it must be a number above 0, e.g. 0.001.")
     place = resolve_device(device)
     network = _fresh(config, seed).to(place).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr, (0.9, 0.99), weight_decay=weight_decay, fused=True)

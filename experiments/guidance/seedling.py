@@ -63,7 +63,7 @@ class ResNet20(nn.Module):
         self.w = load_file(weights)
 
     def norm(self, x: Tensor, name: str) -> Tensor:
-        w = {key: self.w[f"{name}.{key}"] for key in ("running_mean", "running_var", "weight", "bias")}
+        w: dict[str, Any] = {key: self.w[f"{name}.{key}"] for key in ("running_mean", "running_var", "weight", "bias")}
         return F.batch_norm(x, **w)
 
     @torch.no_grad()
