@@ -655,13 +655,19 @@ def test_mistakes_are_explained(sd: Any, pixel: UNetDenoiser) -> None:
     wrong("steps is 0", sd, PROMPTS, steps=0)
     wrong("from 1 to 1000", sd, PROMPTS, steps=5000)
     wrong("unknown; use auto", sd, PROMPTS, solver="magic")
-    wrong("multiples of 8", sd, PROMPTS, size=(65, 64))
+    wrong("multiples of 8", sd, PROMPTS, size=65)
     wrong("picture to start from", sd, PROMPTS, mask=torch.ones(64, 64))
     wrong("leaves none", sd, PROMPTS, start=smooth_picture(0, 64, 64), strength=0.01)
     wrong("explicit noise", pixel, noise=torch.zeros(1, 1, 3, 4, 4))
     wrong("takes explicit noise", pixel, steps=3, noise=torch.zeros(4, 1, 3, 8, 8), solver="ddim")
     wrong("negative prompts", sd, PROMPTS, guidance=cfg, negative=["a"] * 3)
     wrong("no site", sd, PROMPTS, watch=["up.9"])
+
+
+def test_scales_must_be_finite() -> None:
+    for wrong in (lambda: ClassifierFree(float("nan")), lambda: judge(scale=float("inf"))):
+        with pytest.raises(InputError, match="finite number"):
+            wrong()
 
 
 def test_a_gradient_that_is_not_finite_names_its_step(pixel: UNetDenoiser) -> None:

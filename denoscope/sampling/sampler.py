@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from denoscope.denoisers.protocol import Condition, Denoiser
 from denoscope.denoisers.schedule import Prediction
 from denoscope.errors import InputError
-from denoscope.images import Picture
+from denoscope.images import Picture, read
 from denoscope.sampling.guidance import ClassifierFree, ClassifierGuidance
 from denoscope.sampling.solvers import Respaced, drawn, make_solver
 from denoscope.sites import Watch
@@ -73,8 +74,8 @@ def trajectory(
     solver: Any = "auto",
     seed: int | Sequence[int] = 0,
     batch: int | None = None,
-    size: tuple[int, int] | None = None,
-    start: Picture | Tensor | None = None,
+    size: int | tuple[int, int] | None = None,
+    start: Picture | Tensor | str | Path | None = None,
     strength: int | float = 0.8,
     mask: Tensor | None = None,
     noise: Tensor | None = None,
@@ -90,8 +91,8 @@ def trajectory(
     solver: a name (solvers.NAMES), a diffusers scheduler, or a Respaced. "auto" is DDIM, or Euler for flows.
     seed: sample i has seed + i, or its own from a list. A sample depends on its seed alone, whatever it is batched with, and is
         the one that a diffusers pipeline makes with `generator=torch.Generator().manual_seed(seed)`.
-    size: (width, height) in pixels.
-    start: picture or latents to start from with noise of `strength` (img2img). mask: [height, width] or
+    size: (width, height) in pixels, or one number for both.
+    start: picture (or its file) or latents to start from with noise of `strength` (img2img). mask: [height, width] or
         [batch, 1, height, width], 1 where `start` is to be repainted; elsewhere it stays (inpainting; strength 1 is usual).
     noise: explicit draws instead of the seeds', [1 + steps, batch, channels, *size]: the initial one, then one for each
         step (solver "ddpm"); or only the first.
@@ -103,6 +104,8 @@ def trajectory(
     for what, given, kind in (("guidance", guidance, ClassifierFree), ("classifier", classifier, ClassifierGuidance)):
         if not isinstance(given, kind | None):
             raise InputError(f"{what} must be a {kind.__name__}, not {given!r}.")
+    size = (size, size) if isinstance(size, int) else size
+    start = read(start) if isinstance(start, str | Path) else start
     if isinstance(watch, str):
         raise InputError(f"watch is a list of sites; write [{watch!r}].")
     n = _samples(prompts, labels, seed, batch, start)
