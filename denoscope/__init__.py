@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from denoscope.denoisers import Condition, Denoiser, Noise, NoiseSchedule, Site, Watch, load
     from denoscope.denoisers.classifiers import Classifier, load_classifier
     from denoscope.errors import DenoscopeError, InputError, MissingError
-    from denoscope.features import FeatureMap, features
+    from denoscope.features import Extractor, FeatureMap, as_extractor, features
     from denoscope.images import Clip, Frame, Picture, read, read_clip, write
     from denoscope.sampling import (
         APG,
@@ -43,7 +43,7 @@ _HOMES = {
     "denoscope.denoisers": ("Condition", "Denoiser", "Noise", "NoiseSchedule", "Site", "Watch", "load"),
     "denoscope.denoisers.classifiers": ("Classifier", "load_classifier"),
     "denoscope.errors": ("DenoscopeError", "InputError", "MissingError"),
-    "denoscope.features": ("FeatureMap", "features"),
+    "denoscope.features": ("Extractor", "FeatureMap", "as_extractor", "features"),
     "denoscope.images": ("Clip", "Frame", "Picture", "read", "read_clip", "write"),
     "denoscope.sampling": (
         "APG",
@@ -74,6 +74,7 @@ __all__ = [
     "Condition",
     "Denoiser",
     "DenoscopeError",
+    "Extractor",
     "FeatureMap",
     "Frame",
     "GuidanceSchedule",
@@ -89,6 +90,7 @@ __all__ = [
     "Site",
     "Step",
     "Watch",
+    "as_extractor",
     "compress_guidance",
     "diagnose",
     "features",

@@ -49,11 +49,17 @@ def match(
         raise InputError("--heat draws one target; give a single TARGET or leave it out.")
     picture, others = ds.read(source), [ds.read(target) for target in targets]
     chosen = choose_points(picture, points, grid, mask)
-    denoiser = ds.load(model, device, dtype)
-    found = ds.match(
-        denoiser, picture, others, chosen, soft_window=soft, cycle=mutual,
-        preset=preset, t=t, site=site, ensemble=ensemble, size=size, prompt=prompt, seed=seed,
-    )  # fmt: skip
+    settings = {
+        "preset": preset,
+        "t": t,
+        "site": site,
+        "ensemble": ensemble,
+        "size": size,
+        "prompt": prompt,
+        "seed": seed,
+    }
+    extract = options.load_extractor(model, device, dtype, **settings)
+    found = ds.match(extract, picture, others, chosen, soft_window=soft, cycle=mutual)
     options.folder(out)
     one = found[0]
     drawn = (

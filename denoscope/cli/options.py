@@ -27,6 +27,14 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default what suits the device.")]
 
 
+def load_extractor(model: str, device: str, dtype: str | None, **settings: Any) -> Any:
+    """The model behind --model with the settings of `features`, ready to be called with pictures."""
+    import denoscope as ds
+    from denoscope.features import as_extractor
+
+    return as_extractor(ds.load(model, device, dtype), **settings)
+
+
 def parse_points(text: str) -> list[tuple[float, float]]:
     """Points from "x,y;x,y", or from a .json file (list of pairs, or {"points": …}) or .csv file (columns x, y)."""
     path = Path(text)

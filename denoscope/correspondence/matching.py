@@ -8,9 +8,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from denoscope.correspondence.matches import Matches
-from denoscope.denoisers.protocol import Denoiser
 from denoscope.errors import InputError
-from denoscope.features import FeatureMap, features
+from denoscope.features import FeatureMap, as_extractor
 from denoscope.images import Points, PointsLike, read
 
 TIE = 1e-6  # cosines this close to the best are ties, broken by row-major order; float noise must not decide
@@ -101,7 +100,7 @@ def _comparable(source: FeatureMap, target: FeatureMap, force: bool) -> None:
 
 
 def match(
-    denoiser: Denoiser,
+    model: Any,
     source: Any,
     target: Any,
     points: PointsLike,
@@ -113,15 +112,14 @@ def match(
 ) -> Any:
     """`features` of both pictures and `transfer` in one call; a list of targets gives a list of Matches.
 
-    The source's features are made once. `options` are those of `denoscope.features`.
+    model: a Denoiser, or any Extractor. `options` are those of `denoscope.features`. The source's features are made once.
     """
+    extract = as_extractor(model, **options)
     source, many = read(source), isinstance(target, list | tuple)
     targets = [read(one) for one in (target if many else [target])]
-    first = features(denoiser, source, **options)
+    first = extract(source)
     first.frame.inside(points)  # before the expensive part for the targets
-    found = [
-        transfer(first, features(denoiser, one, **options), points, soft_window, temperature, cycle) for one in targets
-    ]
+    found = [transfer(first, extract(one), points, soft_window, temperature, cycle) for one in targets]
     return found if many else found[0]
 
 

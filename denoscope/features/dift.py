@@ -22,8 +22,8 @@ from denoscope.errors import InputError
 from denoscope.features.feature_map import FeatureMap
 from denoscope.features.fusing import concatenate
 from denoscope.features.presets import NAMES, PRESETS
-from denoscope.images import Frame, Picture, read
-from denoscope.images.picture import MAX_PIXELS
+from denoscope.images import Frame, Picture
+from denoscope.images.picture import MAX_PIXELS, Resample
 from denoscope.sites import Watch
 
 Size = int | str | tuple[int, int]
@@ -32,7 +32,7 @@ _CELLS_AT_ONCE = 4 * 96 * 96  # latent cells per forward pass on the CPU: four m
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to read: timestep, site, ensemble size, prompt (or class number) and picture size, all decided."""
+    """What to read: timestep, site, ensemble size, prompt (or class number), picture size and filter, all decided."""
 
     t: int
     site: str
@@ -40,6 +40,7 @@ class Recipe:
     size: Size
     prompt: str | int | None = None
     preset: str | None = None
+    resample: Resample = "bicubic"
 
 
 def recipe(
@@ -50,6 +51,7 @@ def recipe(
     ensemble: int | None = None,
     prompt: str | int | None = None,
     size: Size | None = None,
+    resample: Resample | None = None,
 ) -> Recipe:
     """The denoiser's preset ("semantic" unless said) with whatever is given put in its place.
 
@@ -61,7 +63,7 @@ def recipe(
         raise InputError(
             f"There is no preset {name!r} for {denoiser.name}; choose one of {', '.join(presets or NAMES)}."
         )
-    given = {"t": t, "site": site, "ensemble": ensemble, "prompt": prompt, "size": size}
+    given = {"t": t, "site": site, "ensemble": ensemble, "prompt": prompt, "size": size, "resample": resample}
     settings = {**presets[name], **{k: v for k, v in given.items() if v is not None}}
     for key in ("t", "site", "ensemble", "size"):
         if key not in settings:
@@ -115,42 +117,6 @@ def resolve_size(size: Size, picture: tuple[int, int], multiple: int = 1, minimu
     return target[0], target[1]
 
 
-def features(
-    denoiser: Denoiser,
-    picture: Any,
-    preset: str | None = None,
-    t: int | None = None,
-    site: str | None = None,
-    ensemble: int | None = None,
-    prompt: str | int | None = None,
-    size: Size | None = None,
-    noise: Noise | Literal["none"] | None = None,
-    seed: int = 0,
-    chunk: int | None = None,
-) -> FeatureMap:
-    """Dense features of one picture.
-
-    picture: a Picture, or anything that `denoscope.read` takes.
-    preset: "semantic" (default), "geometric" or "temporal": the published settings of the model's family.
-    t, site, ensemble, prompt, size: replace the preset's; see `resolve_size` for sizes. The prompt is empty by default.
-    noise: explicit draws (their number is the ensemble); "none" feeds the clean latents (CleanDIFT checkpoints); by default
-        draws named by (seed, picture content, t, member), the same on every machine and in every batch.
-    chunk: ensemble members per forward pass; by default as many as fit.
-
-    A picture whose sides are no multiple of the network's stride yields ceil(side / stride) cells; nothing is cropped.
-
-    Raises InputError for settings that the model cannot take and for features that are not finite.
-    """
-    if isinstance(noise, Noise):
-        if ensemble not in (None, noise.diffusion.shape[0]):
-            raise InputError(f"The noise has {noise.diffusion.shape[0]} members but the ensemble {ensemble}.")
-        ensemble = noise.diffusion.shape[0]
-    elif noise not in (None, "none"):
-        raise InputError('noise must be a denoscope.Noise, "none" or None.')
-    chosen = recipe(denoiser, preset, t, site, 1 if noise == "none" else ensemble, prompt, size)
-    return feature_maps(denoiser, read(picture), chosen, [chosen.site], noise, seed, chunk)[chosen.site]
-
-
 def feature_maps(
     denoiser: Denoiser,
     picture: Picture,
@@ -168,7 +134,7 @@ def feature_maps(
         ]
         return {site: concatenate([part[site] for part in parts]) for site in sites}
     width_height = resolve_size(chosen.size, picture.size, denoiser.multiple, denoiser.minimum)
-    posterior = denoiser.posterior(picture.resized(width_height)[None])
+    posterior = denoiser.posterior(picture.resized(width_height, chosen.resample)[None])
     shape = tuple(posterior.mean.shape[1:])
     if noise is None:
         key = (seed, picture.digest, chosen.t, chosen.ensemble)
@@ -205,6 +171,7 @@ def feature_maps(
             "ensemble": chosen.ensemble,
             "prompt": chosen.prompt,
             "size": list(width_height),
+            "resample": chosen.resample,
             "seed": None if isinstance(noise, Noise) else seed,
             "noise": "given" if isinstance(noise, Noise) else noise or "drawn",
             "dtype": str(denoiser.dtype).removeprefix("torch."),

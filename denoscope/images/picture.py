@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 from denoscope.errors import InputError, MissingError
 
 MAX_PIXELS = 100_000_000
+Resample = Literal["bicubic", "linear"]
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm"}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 
@@ -54,13 +55,18 @@ class Picture:
         """The picture as an 8-bit Pillow image."""
         return Image.fromarray((self.pixels * 255).round().byte().permute(1, 2, 0).numpy())
 
-    def resized(self, size: tuple[int, int]) -> Float[Tensor, "3 height width"]:
-        """Pixels in [-1, 1] at (width, height), resampled by Pillow's default filter (antialiased bicubic) on 8 bits.
+    def resized(self, size: tuple[int, int], resample: Resample = "bicubic") -> Float[Tensor, "3 height width"]:
+        """Pixels in [-1, 1] at (width, height), resampled on 8 bits.
 
-        Exactly the input of the published DIFT code (`Image.resize`, then `(x / 255 - 0.5) * 2`).
+        resample: "bicubic" is Pillow's default filter (antialiased), exactly the input of the published DIFT code
+            (`Image.resize`, then `(x / 255 - 0.5) * 2`); "linear" is OpenCV's `resize` (bilinear, not antialiased), that of
+            the published video code.
         """
         image = self.image()
-        pixels = np.array(image if size == self.size else image.resize(size))
+        if size == self.size:
+            pixels = np.array(image)
+        else:
+            pixels = np.array(image.resize(size)) if resample == "bicubic" else cv2.resize(np.array(image), size)
         return (torch.from_numpy(pixels).permute(2, 0, 1) / 255 - 0.5) * 2
 
     @cached_property

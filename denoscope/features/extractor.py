@@ -1,0 +1,119 @@
+"""`Extractor`: anything that turns a picture into a `FeatureMap`; matching, tracking and benchmarks need not know what it is."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from denoscope.denoisers.noise import Noise
+from denoscope.denoisers.protocol import Denoiser
+from denoscope.errors import InputError
+from denoscope.features.dift import Recipe, Size, feature_maps, recipe
+from denoscope.features.feature_map import FeatureMap
+from denoscope.images import Picture, read
+from denoscope.images.picture import Resample
+
+
+@runtime_checkable
+class Extractor(Protocol):
+    """name: short, for tables and file names."""
+
+    @property
+    def name(self) -> str: ...
+
+    def describe(self) -> dict[str, Any]:
+        """JSON values that decide the features of a picture, all of them: two extractors that say the same make the same."""
+        ...
+
+    def __call__(self, picture: Picture, prompt: str | int | None = None) -> FeatureMap:
+        """Features of a picture. prompt: what it shows, in the place of the extractor's own; many have no use for it."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Dift:
+    """DIFT features of a denoiser at a recipe (see `features`)."""
+
+    denoiser: Denoiser
+    recipe: Recipe
+    noise: Noise | Literal["none"] | None = None
+    seed: int = 0
+    chunk: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.denoiser.name
+
+    def describe(self) -> dict[str, Any]:
+        dtype = str(self.denoiser.dtype).removeprefix("torch.")
+        noise = "given" if isinstance(self.noise, Noise) else self.noise
+        return {"model": self.name, "dtype": dtype, **asdict(self.recipe), "seed": self.seed, "noise": noise}
+
+    def __call__(self, picture: Picture, prompt: str | int | None = None) -> FeatureMap:
+        return self.at([self.recipe.site], picture, prompt)[self.recipe.site]
+
+    def at(self, sites: Sequence[str], picture: Picture, prompt: str | int | None = None) -> dict[str, FeatureMap]:
+        """Several sites from the same forward passes."""
+        chosen = self.recipe if prompt is None else replace(self.recipe, prompt=prompt)
+        return feature_maps(self.denoiser, picture, chosen, sites, self.noise, self.seed, self.chunk)
+
+
+def as_extractor(
+    model: Any,
+    *,
+    noise: Noise | Literal["none"] | None = None,
+    seed: int = 0,
+    chunk: int | None = None,
+    **options: Any,
+) -> Extractor:
+    """The extractor that the options of `features` make of a model; an extractor is itself and takes none.
+
+    Raises InputError for what is no model, and for options that it cannot take.
+    """
+    if isinstance(model, Denoiser):
+        if isinstance(noise, Noise):
+            members = noise.diffusion.shape[0]
+            if options.get("ensemble") not in (None, members):
+                raise InputError(f"The noise has {members} members but the ensemble {options['ensemble']}.")
+            options["ensemble"] = members
+        elif noise == "none":
+            options["ensemble"] = 1
+        elif noise is not None:
+            raise InputError('noise must be a denoscope.Noise, "none" or None.')
+        return Dift(model, recipe(model, **options), noise, seed, chunk)
+    if isinstance(model, Extractor):
+        if given := [name for name, value in options.items() if value is not None]:
+            raise InputError(f"{model.name} is set up already; {given[0]} cannot be changed.")
+        return model
+    raise InputError(f"{type(model).__name__} is no model; give what denoscope.load returns.")
+
+
+def features(
+    model: Any,
+    picture: Any,
+    preset: str | None = None,
+    t: int | None = None,
+    site: str | None = None,
+    ensemble: int | None = None,
+    prompt: str | int | None = None,
+    size: Size | None = None,
+    noise: Noise | Literal["none"] | None = None,
+    seed: int = 0,
+    chunk: int | None = None,
+    resample: Resample | None = None,
+) -> FeatureMap:
+    """Dense features of one picture.
+
+    model: a Denoiser, or any Extractor. picture: a Picture, or anything that `denoscope.read` takes.
+    preset: "semantic" (default), "geometric" or "temporal": the published settings of the model's family.
+    t, site, ensemble, prompt, size: replace the preset's; see `resolve_size` for sizes. The prompt is empty by default.
+    noise: explicit draws (their number is the ensemble); "none" feeds the clean latents (CleanDIFT checkpoints); by default
+        draws named by (seed, picture content, t, member), the same on every machine and in every batch.
+    chunk: ensemble members per forward pass; by default as many as fit.
+    resample: filter of the resizing, see `Picture.resized`.
+
+    A picture whose sides are no multiple of the network's stride yields ceil(side / stride) cells; nothing is cropped.
+
+    Raises InputError for settings that the model cannot take and for features that are not finite.
+    """
+    settings = {"preset": preset, "t": t, "site": site, "ensemble": ensemble, "prompt": prompt, "size": size}
+    return as_extractor(model, noise=noise, seed=seed, chunk=chunk, resample=resample, **settings)(read(picture))
