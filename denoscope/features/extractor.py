@@ -1,4 +1,4 @@
-"""`Extractor`: anything that turns a picture into a `FeatureMap`; matching, tracking and benchmarks need not know what it is."""
+"""`Extractor`: anything that turns a picture into a `FeatureMap`; matching and benchmarks need not know what it is."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
