@@ -1,7 +1,7 @@
-"""Percentage of correct keypoints, in the two flavours that papers mix (SPair-71k, Min et al., arXiv 1908.10543)."""
+"""Percentage of correct keypoints, in the flavours that papers mix (SPair-71k, Min et al., arXiv 1908.10543)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool
@@ -9,12 +9,16 @@ from torch import Tensor
 
 from denoscope.images import Points
 
-Threshold = Literal["bbox", "img"]
+Threshold = Literal["bbox", "img", "kp", "kp_padded"]
+THRESHOLDS: tuple[str, ...] = get_args(Threshold)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two annotated pictures. Boxes are (x1, y1, x2, y2), sizes (width, height), keypoints visible in both pictures."""
+    """Two annotated pictures. Boxes are (x1, y1, x2, y2), sizes (width, height), keypoints visible in both pictures.
+
+    ids: what each keypoint is (its index in the category's list), where the data set says so.
+    """
 
     source: str
     target: str
@@ -25,11 +29,24 @@ class Pair:
     target_size: tuple[int, int]
     source_box: tuple[float, float, float, float] | None = None
     source_size: tuple[int, int] | None = None
+    key: str = ""
+    ids: tuple[int, ...] | None = None
 
     def threshold(self, kind: Threshold) -> float:
-        """Longer side in pixels of the target's box ("bbox") or of the target picture ("img")."""
-        if kind == "img":
-            return float(max(self.target_size))
+        """Length in pixels that alpha is a share of.
+
+        "bbox", "img": longer side of the target's box or picture. "kp": longer side of the box around the target's keypoints.
+        "kp_padded": what the evaluation of CATs (Cho et al., NeurIPS 2021) makes of it: its keypoints are padded with
+        (-1, -1), so it is the largest coordinate plus 1. Too lenient; only for comparing with numbers made that way.
+        """
+        match kind:
+            case "img":
+                return float(max(self.target_size))
+            case "kp" | "kp_padded":
+                points = self.target_points
+                if kind == "kp_padded":
+                    points = torch.cat([points, points.new_full((1, 2), -1)])
+                return (points.amax(0) - points.amin(0)).max().item()
         x1, y1, x2, y2 = self.target_box
         return max(x2 - x1, y2 - y1)
 

@@ -1,12 +1,30 @@
-"""Pairs of data sets in the SPair-71k layout."""
+"""SPair-71k (Min et al., arXiv 1908.10543) and data sets in its layout."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from denoscope.benchmarks.pck import Pair
+from denoscope.benchmarks.semantic import Semantic
 from denoscope.errors import InputError, MissingError
+
+
+@dataclass
+class SPair(Semantic):
+    """SPair-71k: `PairAnnotation/SPLIT/*.json`, `JPEGImages/CATEGORY/*.jpg`. categories: empty for all."""
+
+    split: str = "test"
+    categories: tuple[str, ...] = ()
+
+    name = "spair"
+
+    def pairs(self) -> list[Pair]:
+        found = read_pairs(self.root, self.split, list(self.categories) or None)
+        if not found:
+            raise InputError(f"{self.root} has no pairs of {', '.join(self.categories) or self.split}.")
+        return found
 
 
 def read_pairs(root: str | Path, split: str = "test", categories: list[str] | None = None) -> list[Pair]:
@@ -51,4 +69,6 @@ def _read_pair(root: Path, path: Path) -> Pair:
         target_box=tuple(values["trg_bndbox"]),
         source_size=tuple(values["src_imsize"][:2]),
         target_size=tuple(values["trg_imsize"][:2]),
+        key=path.stem,
+        ids=tuple(map(int, values["kps_ids"])) if "kps_ids" in values else None,
     )

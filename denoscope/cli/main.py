@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from denoscope.cli import demo, features, guidance, match, models, sample, train
+from denoscope.cli import bench, demo, features, guidance, match, models, sample, train
 from denoscope.errors import DenoscopeError
 
 app = typer.Typer(
@@ -20,6 +20,8 @@ app = typer.Typer(
 )
 app.command("match")(match.match)
 app.command("features")(features.features)
+app.command("bench")(bench.bench)
+app.command("sweep")(bench.sweep)
 app.command("sample")(sample.sample)
 app.add_typer(guidance.app, name="guidance")
 app.command("models")(models.models)

@@ -71,6 +71,10 @@ class Frame:
         x, y = ((a + 0.5) * s + o - 0.5 for a, s, o in zip(axes, self.scale, self.offset, strict=True))
         return x, y
 
+    def clamped(self, points: Points) -> Points:
+        """Points moved onto the nearest pixel of the picture where they lie outside."""
+        return points.clamp(min=0).minimum(points.new_tensor(self.picture) - 1)
+
     def inside(self, points: PointsLike) -> Points:
         """The points, or InputError naming the first that is not finite or lies outside the picture."""
         points = as_points(points)

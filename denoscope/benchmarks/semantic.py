@@ -1,0 +1,100 @@
+"""Semantic correspondence: keypoints carried from one picture to another of the same kind, measured by PCK."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from PIL import Image
+
+from denoscope.benchmarks.pck import THRESHOLDS, Pair, Threshold, pck
+from denoscope.benchmarks.protocol import Features, Item, Record, Row
+from denoscope.correspondence import transfer
+from denoscope.errors import InputError
+from denoscope.images import Frame, Picture, as_points, read
+from denoscope.images.draw import draw_matches
+
+
+@dataclass
+class Semantic:
+    """PCK over annotated pairs. Which pairs, and how their pictures are cut out, is what the data sets differ in.
+
+    alphas: shares of the threshold, the headline first. thresholds: kinds of `Pair.threshold`, the headline first.
+    soft: soft-argmax window in feature cells, 0 for the best pixel.
+    """
+
+    root: Path
+    alphas: tuple[float, ...] = (0.1, 0.05, 0.01)
+    thresholds: tuple[str, ...] = ("bbox", "img")
+    soft: float = 0.0
+
+    name = "semantic"
+    preset = "semantic"
+    prompt = "a photo of a {category}"
+
+    def __post_init__(self) -> None:
+        self.root = Path(self.root).expanduser()
+        if unknown := sorted(set(self.thresholds) - set(THRESHOLDS)):
+            raise InputError(f"There is no threshold {unknown[0]!r}; choose from {', '.join(THRESHOLDS)}.")
+        if not self.alphas or not self.thresholds or not all(0 < alpha <= 1 for alpha in self.alphas):
+            raise InputError("PCK needs at least one alpha in (0, 1] and one threshold.")
+
+    @property
+    def columns(self) -> list[str]:
+        made = [f"{kind}@{alpha:g}" for kind in self.thresholds for alpha in self.alphas]
+        return [name + flavour for name in made for flavour in ("", " point")]
+
+    def pairs(self) -> list[Pair]:
+        raise InputError("Choose a data set.")
+
+    def picture(self, name: str) -> Picture:
+        """The picture that a pair names as its source or target."""
+        return read(name)
+
+    def items(self) -> list[Item]:
+        return [
+            Item(pair.key or f"{i:06d}", pair.category, pair)
+            for i, pair in enumerate(self.pairs())
+            if len(pair.source_points)
+        ]
+
+    def run(self, item: Item, features: Features) -> Record:
+        pair: Pair = item.data
+        source, target = (features(self.picture(name), item.category) for name in (pair.source, pair.target))
+        points = source.frame.clamped(pair.source_points)
+        return {"points": transfer(source, target, points, self.soft).points.tolist()}
+
+    def rows(self, items: Sequence[Item], records: Sequence[Record]) -> list[Row]:
+        categories = sorted({item.category for item in items})
+        found = []
+        for category in [None, *categories] if len(categories) > 1 else [None]:
+            chosen = [(i, r) for i, r in zip(items, records, strict=True) if category in (None, i.category)]
+            row: Row = {"category": category or "all", "count": len(chosen)}
+            for kind in self.thresholds:
+                for alpha in self.alphas:
+                    per_image, per_point = pck([self._correct(item, record, alpha, kind) for item, record in chosen])
+                    row[f"{kind}@{alpha:g}"], row[f"{kind}@{alpha:g} point"] = per_image, per_point
+            found.append(row)
+        return found
+
+    def _correct(self, item: Item, record: Record, alpha: float, kind: str) -> torch.Tensor:
+        return item.data.correct(as_points(record["points"]), alpha, cast(Threshold, kind))
+
+    def score(self, item: Item, record: Record) -> float:
+        """Minus the mean error relative to the threshold."""
+        pair: Pair = item.data
+        errors = (as_points(record["points"]) - pair.target_points).norm(dim=1)
+        return -errors.mean().item() / pair.threshold(cast(Threshold, self.thresholds[0]))
+
+    def draw(self, item: Item, record: Record) -> Image.Image:
+        pair: Pair = item.data
+        right = self._correct(item, record, self.alphas[0], self.thresholds[0])
+        one, two = self.picture(pair.source), self.picture(pair.target)
+        drawn = zip((one, two), (pair.source_points, as_points(record["points"])), strict=True)
+        inside = [Frame.of(picture.size).clamped(points) for picture, points in drawn]
+        title = f"{item.key}: {int(right.sum())} of {len(right)} right"
+        return draw_matches(one, two, *inside, correct=right, title=title)
+
+    def baselines(self) -> Mapping[str, Callable[[Item], Record]]:
+        return {}

@@ -1,0 +1,259 @@
+"""`denoscope bench` and `denoscope sweep`: official protocols on data sets in their official layouts."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, fields
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from denoscope.cli import options
+from denoscope.errors import InputError
+
+# name on the command line: module below denoscope.benchmarks and class
+BENCHMARKS = {
+    "spair": ("spair", "SPair"),
+    "pf-willow": ("proposal_flow", "PFWillow"),
+    "pf-pascal": ("proposal_flow", "PFPascal"),
+    "cub": ("cub", "CUB"),
+    "keypoints": ("keypoints", "Keypoints"),
+}
+
+Name = Annotated[str, typer.Argument(help=f"One of: {', '.join(BENCHMARKS)}.")]
+Data = Annotated[Path, typer.Option(help="Folder of the data set, in its official layout.")]
+Limit = Annotated[int | None, typer.Option(help="At most so many pairs or videos, spread evenly over the data set.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="A setting of the protocol, NAME=VALUE; again for more. A wrong name lists all of them."
+    ),
+]
+PromptTemplate = Annotated[
+    str | None, typer.Option(help="What the pictures show; {category} is filled in. By default the protocol's own.")
+]
+
+
+def bench(
+    name: Name,
+    data: Data,
+    model: Annotated[
+        list[str] | None, typer.Option("--model", "-m", help="A model, as for 'match'; again to compare several.")
+    ] = None,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="Add baselines: position, RGB patches, dense SIFT, and the task's own.")
+    ] = False,
+    limit: Limit = None,
+    settings: Set = None,
+    preset: options.Preset = None,
+    t: options.T = None,
+    site: options.SiteName = None,
+    ensemble: options.Ensemble = None,
+    size: options.Size = None,
+    prompt: PromptTemplate = None,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    dtype: options.Dtype = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder for the features of pictures (default OUT/features; video: none).")
+    ] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no features on disk.")] = False,
+    pictures: Annotated[int, typer.Option(help="How many of the worst and of the best to draw.")] = 3,
+    out: Annotated[Path, typer.Option(help="Folder for tables, pictures, records and features.")] = Path("out/bench"),
+) -> None:
+    """Evaluate MODEL on a data set by its official protocol; a run that was stopped goes on where it was."""
+    from denoscope.benchmarks.running import FeatureStore, evaluate, methods, takes_prompts
+    from denoscope.features.baselines import BASELINES
+
+    benchmark = make(name, data, settings)
+    benchmark.items()  # a wrong folder is told before a model is loaded
+    asked = {
+        "preset": preset or benchmark.preset,
+        "t": t,
+        "site": site,
+        "ensemble": ensemble,
+        "size": size,
+        "seed": seed,
+    }
+    extractors = [options.load_extractor(one, device, dtype, **asked) for one in model or ["seedling"]]
+    options.folder(out)
+    template = prompt if prompt is not None else getattr(benchmark, "prompt", None)
+    folder = None if no_cache or (cache is None and benchmark.preset == "temporal") else cache or out / "features"
+    stores = [FeatureStore(one, template if takes_prompts(one) else None, folder) for one in extractors]
+    if baselines:
+        taken = {one.name for one in extractors}
+        # on a video, positions as fine as the other features are: finer ones only cost
+        own = {"position": {"stride": 8}} if benchmark.preset == "temporal" else {}
+        plain = [one(preset=benchmark.preset, **own.get(key, {})) for key, one in BASELINES.items() if key not in taken]
+        stores += [FeatureStore(one) for one in plain]
+    report = evaluate(benchmark, methods(benchmark, stores, baselines), out, limit, pictures, tracked(name))
+    print_report(report)
+    print(f"Tables: {out / (name + '.json')}, {out / (name + '.csv')}")
+    if pictures:
+        print(f"Pictures: {out / 'pictures'}")
+
+
+def sweep(
+    name: Name,
+    data: Data,
+    model: options.Model = "seedling",
+    t: Annotated[str | None, typer.Option("--t", help="Timesteps: '0,50,100' or 'start:stop:step'.")] = None,
+    site: Annotated[str | None, typer.Option("--site", help="Sites: 'up.0,up.1'; by default every block.")] = None,
+    ensemble: Annotated[str | None, typer.Option(help="Ensemble sizes: '1,4,8'.")] = None,
+    limit: Limit = None,
+    settings: Set = None,
+    preset: options.Preset = None,
+    size: options.Size = None,
+    prompt: PromptTemplate = None,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    dtype: options.Dtype = None,
+    out: Annotated[Path, typer.Option(help="Folder for tables, the heat map and records.")] = Path("out/sweep"),
+) -> None:
+    """Evaluate every combination of timestep, site and ensemble size, and draw the heat map.
+
+    Sites are read from the same forward passes, so a further site costs next to nothing.
+    """
+    from denoscope.benchmarks.sweep import run_sweep, sweep_image
+    from denoscope.features import Dift
+    from denoscope.images import atomically, write
+
+    benchmark = make(name, data, settings)
+    benchmark.items()
+    asked = {"preset": preset or benchmark.preset, "size": size, "seed": seed}
+    extractor = options.load_extractor(model, device, dtype, **asked)
+    if not isinstance(extractor, Dift):
+        raise InputError(f"{model} has no timesteps to sweep over; compare its sites with 'denoscope bench --site'.")
+    known = {one.name: one for one in extractor.denoiser.sites(sizes=False)}
+    sites = [part.strip() for part in site.split(",")] if site else [n for n, s in known.items() if s.kind == "block"]
+    if wrong := [one for one in sites if one not in known]:
+        raise InputError(f"{model} has no site {wrong[0]!r}; see 'denoscope models {model} --sites'.")
+    times = numbers(t, "--t") if t else [extractor.recipe.t]
+    members = numbers(ensemble, "--ensemble") if ensemble else [extractor.recipe.ensemble]
+    options.folder(out)
+    template = prompt if prompt is not None else getattr(benchmark, "prompt", None)
+    found = run_sweep(benchmark, extractor, times, sites, members, template, out, limit, tracked(name))
+    text = json.dumps({"benchmark": name, "cells": found}, indent=1, default=str) + "\n"
+    atomically(out / f"{name}-sweep.json", lambda path: path.write_text(text))
+    write(sweep_image(found, benchmark.columns[0]), out / f"{name}-sweep.png")
+    table = Table(box=None, pad_edge=False)
+    for column in ("t", "site", "ensemble", *benchmark.columns[:4]):
+        table.add_column(column, justify="left" if column == "site" else "right")
+    best = sorted(found, key=lambda row: -row[benchmark.columns[0]])
+    for row in best[:10]:
+        table.add_row(
+            str(row["t"]), row["site"], str(row["ensemble"]), *(number(row[c]) for c in benchmark.columns[:4])
+        )
+    console = Console()
+    console.print(f"Best {min(10, len(best))} of {len(best)} by {benchmark.columns[0]}:", highlight=False)
+    console.print(table)
+    print(f"Heat map: {out / (name + '-sweep.png')}\nNumbers: {out / (name + '-sweep.json')}")
+
+
+def make(name: str, data: Path, settings: Sequence[str] | None) -> Any:
+    """The benchmark of that name over a folder. Raises InputError for unknown names and settings, listing the known."""
+    if name not in BENCHMARKS:
+        raise InputError(f"There is no benchmark {name!r}; choose one of {', '.join(BENCHMARKS)}.")
+    module, kind = BENCHMARKS[name]
+    factory = getattr(import_module(f"denoscope.benchmarks.{module}"), kind)
+    own = {
+        field.name: field.default if field.default is not MISSING else field.default_factory()  # pyright: ignore
+        for field in fields(factory)
+        if field.name != "root" and not (field.default is MISSING and field.default_factory is MISSING)
+    }
+    given = {}
+    for setting in settings or []:
+        key, sign, value = setting.partition("=")
+        if not sign or key not in own:
+            known = ", ".join(f"{k}={shown(v)}" for k, v in own.items())
+            raise InputError(f"{name} has no setting {key!r}; write --set NAME=VALUE with one of {known}.")
+        given[key] = parsed(key, value, own[key])
+    return factory(data, **given)
+
+
+def parsed(key: str, text: str, like: Any) -> Any:
+    """A value written on the command line, of the type that a setting's default has."""
+    try:
+        match like:
+            case bool():
+                if text.lower() not in ("true", "false", "yes", "no", "1", "0"):
+                    raise ValueError
+                return text.lower() in ("true", "yes", "1")
+            case int():
+                return int(text)
+            case float():
+                return float(text)
+            case tuple():
+                parts = [part.strip() for part in text.split(",") if part.strip()]
+                kind = type(like[0]) if like else str
+                if not like and all(part.lstrip("-").isdigit() for part in parts):
+                    kind = int
+                return tuple(kind(part) for part in parts)
+    except ValueError:
+        raise InputError(f"--set {key}={text} is not understood; its default is {shown(like)}.") from None
+    return text
+
+
+def shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def numbers(text: str, option: str) -> list[int]:
+    """Whole numbers from '0,50,100' or 'start:stop:step' (stop included)."""
+    try:
+        if ":" in text:
+            start, stop, step = (int(part) for part in text.split(":"))
+            found = list(range(start, stop + 1, step))
+        else:
+            found = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        found = []
+    if not found:
+        raise InputError(f"{option} {text!r} is not understood; write '0,50,100' or '0:800:100'.")
+    return list(dict.fromkeys(found))
+
+
+def tracked(name: str) -> Callable[[Sequence[Any]], Iterable[Any]]:
+    """A progress bar on a terminal, a line for every tenth of the work elsewhere."""
+
+    def track(items: Sequence[Any]) -> Iterable[Any]:
+        console = Console(stderr=True)
+        if console.is_terminal:
+            bar = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+            with Progress(*bar, console=console) as progress:
+                yield from progress.track(items, description=name)
+            return
+        for index, item in enumerate(items, 1):
+            yield item
+            if index * 10 // len(items) > (index - 1) * 10 // len(items):
+                print(f"{name}: {index} of {len(items)}", flush=True)
+
+    return track
+
+
+def number(value: Any) -> str:
+    return "" if value is None else f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def print_report(report: Any) -> None:
+    """One line a method; with a single method, one line a category too."""
+    console = Console()
+    columns = list(report.columns)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("method")
+    for column in ("count", *columns):
+        table.add_column(column, justify="right")
+
+    def line(label: str, row: Mapping[str, Any]) -> None:
+        table.add_row(label, str(row["count"]), *(number(row.get(column)) for column in columns))
+
+    for method, rows in report.rows.items():
+        line(method, rows[0])
+        if len(report.rows) == 1:
+            for row in rows[1:]:
+                line(f"  {row['category']}", row)
+    console.print(table)
