@@ -82,19 +82,22 @@ class Semantic:
         return item.data.correct(as_points(record["points"]), alpha, cast(Threshold, kind))
 
     def score(self, item: Item, record: Record) -> float:
-        """Minus the mean error relative to the threshold."""
+        """The share right and, among equals, the mean error relative to the threshold."""
         pair: Pair = item.data
-        errors = (as_points(record["points"]) - pair.target_points).norm(dim=1)
-        return -errors.mean().item() / pair.threshold(cast(Threshold, self.thresholds[0]))
+        kind, alpha = cast(Threshold, self.thresholds[0]), self.alphas[0]
+        errors = (as_points(record["points"]) - pair.target_points).norm(dim=1).mean().item() / pair.threshold(kind)
+        return self._correct(item, record, alpha, kind).double().mean().item() - 1e-3 * min(errors, 1.0)
 
     def draw(self, item: Item, record: Record) -> Image.Image:
+        """The source, the target with the true points, and the target with those found."""
         pair: Pair = item.data
         right = self._correct(item, record, self.alphas[0], self.thresholds[0])
-        one, two = self.picture(pair.source), self.picture(pair.target)
-        drawn = zip((one, two), (pair.source_points, as_points(record["points"])), strict=True)
-        inside = [Frame.of(picture.size).clamped(points) for picture, points in drawn]
+        source, target = self.picture(pair.source), self.picture(pair.target)
+        truth, found = (Picture(target.pixels, Path(name)) for name in ("truth", "found"))
+        every = pair.source_points, pair.target_points, as_points(record["points"])
+        on = [Frame.of(p.size).clamped(points) for p, points in zip((source, target, target), every, strict=True)]
         title = f"{item.key}: {int(right.sum())} of {len(right)} right"
-        return draw_matches(one, two, *inside, correct=right, title=title)
+        return draw_matches(source, [truth, found], on[0], on[1:], correct=[right | True, right], title=title)
 
     def baselines(self) -> Mapping[str, Callable[[Item], Record]]:
         return {}

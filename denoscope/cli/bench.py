@@ -22,6 +22,7 @@ BENCHMARKS = {
     "pf-pascal": ("proposal_flow", "PFPascal"),
     "cub": ("cub", "CUB"),
     "keypoints": ("keypoints", "Keypoints"),
+    "davis": ("davis", "DAVIS"),
 }
 
 Name = Annotated[str, typer.Argument(help=f"One of: {', '.join(BENCHMARKS)}.")]
@@ -241,15 +242,17 @@ def number(value: Any) -> str:
 
 def print_report(report: Any) -> None:
     """One line a method; with a single method, one line a category too."""
-    console = Console()
-    columns = list(report.columns)
+    console, columns = Console(), list(report.columns)
+    names = [*report.rows, *(f"  {row['category']}" for rows in report.rows.values() for row in rows[1:])]
+    room = console.width - max(map(len, names)) - 8
+    fitting = [c for i, c in enumerate(columns) if sum(max(len(one), 5) + 2 for one in columns[: i + 1]) <= room]
     table = Table(box=None, pad_edge=False)
-    table.add_column("method")
-    for column in ("count", *columns):
-        table.add_column(column, justify="right")
+    table.add_column("method", no_wrap=True)
+    for column in ("count", *fitting):
+        table.add_column(column, justify="right", no_wrap=True)
 
     def line(label: str, row: Mapping[str, Any]) -> None:
-        table.add_row(label, str(row["count"]), *(number(row.get(column)) for column in columns))
+        table.add_row(label, str(row["count"]), *(number(row.get(column)) for column in fitting))
 
     for method, rows in report.rows.items():
         line(method, rows[0])
@@ -257,3 +260,5 @@ def print_report(report: Any) -> None:
             for row in rows[1:]:
                 line(f"  {row['category']}", row)
     console.print(table)
+    if len(fitting) < len(columns):
+        console.print(f"Not shown for want of room: {', '.join(columns[len(fitting) :])}.", highlight=False)
