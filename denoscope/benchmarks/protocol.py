@@ -33,7 +33,9 @@ class Benchmark(Protocol):
 
     name: str
     preset: str
-    columns: Sequence[str]
+
+    @property
+    def columns(self) -> Sequence[str]: ...
 
     def items(self) -> list[Item]:
         """Everything to evaluate, in the official order. Raises MissingError saying what was looked for and where."""
