@@ -13,12 +13,28 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from denoscope.correspondence import Matches, Mutual, match, mutual_nearest, transfer
+    from denoscope.correspondence import (
+        GeometricMatches,
+        Matches,
+        Mutual,
+        Propagated,
+        Tracked,
+        Tracks,
+        match,
+        match_geometric,
+        mutual_nearest,
+        propagate_edit,
+        propagate_labels,
+        track,
+        transfer,
+    )
     from denoscope.denoisers import Condition, Denoiser, Noise, NoiseSchedule, Site, Watch, load
     from denoscope.denoisers.classifiers import Classifier, load_classifier
+    from denoscope.encoders import Encoder, load_encoder
     from denoscope.errors import DenoscopeError, InputError, MissingError
     from denoscope.features import Extractor, FeatureMap, as_extractor, features
     from denoscope.images import Clip, Frame, Picture, read, read_clip, write
+    from denoscope.images.video import Frames
     from denoscope.sampling import (
         APG,
         CFGZeroStar,
@@ -39,12 +55,28 @@ __version__ = "0.1.0"
 
 # names are imported when first used, so that `import denoscope` and `denoscope --help` stay quick
 _HOMES = {
-    "denoscope.correspondence": ("Matches", "Mutual", "match", "mutual_nearest", "transfer"),
+    "denoscope.correspondence": (
+        "GeometricMatches",
+        "Matches",
+        "Mutual",
+        "Propagated",
+        "Tracked",
+        "Tracks",
+        "match",
+        "match_geometric",
+        "mutual_nearest",
+        "propagate_edit",
+        "propagate_labels",
+        "track",
+        "transfer",
+    ),
     "denoscope.denoisers": ("Condition", "Denoiser", "Noise", "NoiseSchedule", "Site", "Watch", "load"),
     "denoscope.denoisers.classifiers": ("Classifier", "load_classifier"),
+    "denoscope.encoders": ("Encoder", "load_encoder"),
     "denoscope.errors": ("DenoscopeError", "InputError", "MissingError"),
     "denoscope.features": ("Extractor", "FeatureMap", "as_extractor", "features"),
     "denoscope.images": ("Clip", "Frame", "Picture", "read", "read_clip", "write"),
+    "denoscope.images.video": ("Frames",),
     "denoscope.sampling": (
         "APG",
         "CFGZeroStar",
@@ -74,9 +106,12 @@ __all__ = [
     "Condition",
     "Denoiser",
     "DenoscopeError",
+    "Encoder",
     "Extractor",
     "FeatureMap",
     "Frame",
+    "Frames",
+    "GeometricMatches",
     "GuidanceSchedule",
     "InputError",
     "Matches",
@@ -85,10 +120,13 @@ __all__ = [
     "Noise",
     "NoiseSchedule",
     "Picture",
+    "Propagated",
     "Respaced",
     "Samples",
     "Site",
     "Step",
+    "Tracked",
+    "Tracks",
     "Watch",
     "as_extractor",
     "compress_guidance",
@@ -96,11 +134,16 @@ __all__ = [
     "features",
     "load",
     "load_classifier",
+    "load_encoder",
     "match",
+    "match_geometric",
     "mutual_nearest",
+    "propagate_edit",
+    "propagate_labels",
     "read",
     "read_clip",
     "sample",
+    "track",
     "trajectory",
     "transfer",
     "write",

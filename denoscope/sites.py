@@ -1,7 +1,7 @@
 """`Site` and `Watch`: named places in a network, and reading the activations there.
 
 Forward hooks on unmodified modules do the reading, so attention kernels, compiled blocks and offloading keep working;
-attention maps are recomputed from the recorded queries and keys. Names, in the order of the forward pass:
+attention maps are recomputed from the recorded queries and keys. Names, in the order of the forward pass of a U-Net:
 
     down.L, mid, up.L              output of a resolution level, after its down- or upsampler
     up.L.resnet.J                  output of a residual block; .increment is its branch before the skip is added
@@ -11,7 +11,16 @@ attention maps are recomputed from the recorded queries and keys. Names, in the 
     ….cross_query .cross_map       cross-attention over the prompt's tokens: [heads, tokens, prompt tokens]
     ….feed_forward                 inner activation of the feed-forward layer
     out.N, in.N                    single layers of families that are numbered by layer (ADM)
-    block.N                        blocks of networks without levels (transformers)
+
+Transformers (DiT, PixArt, SD3, Flux) have no levels; a site is always about the tokens of the image, as a map of patches:
+
+    block.N                        output of transformer block N (the input of block N + 1); Flux: its double blocks, then its
+                                   single blocks, numbered on
+    block.N.query .key .value      attention, as projected (before their norm and rotation)
+    block.N.self_map               softmax maps [heads, tokens, tokens]
+    block.N.cross_query .cross_map PixArt: cross-attention over the prompt. SD3 and Flux attend to image and prompt in one
+                                   softmax: self_map and cross_map are its two parts, and their rows add up to 1 together
+    block.N.feed_forward           inner activation of the feed-forward layer
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +30,7 @@ from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from diffusers.models.embeddings import apply_rotary_emb
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -33,13 +43,15 @@ class Site:
 
     kind: "block", "resnet", "increment", "attention", "tokens" (reshaped to maps) or "map" (attention maps).
     channels: of the map (heads, for attention maps). stride: picture pixels per cell.
-    module: dotted path of the module whose output is read. grid: module whose input has the spatial size of tokens.
+    module: dotted path of the module whose output is read. grid: module whose input has the spatial size of tokens, times
+    `patch` ("" is the network itself); where the sequence holds other tokens too, the image's are the last.
     """
 
     name: str
     kind: str
     module: str
     grid: str | None = None
+    patch: int = 1
     channels: int = 0
     stride: float = 0.0
 
@@ -98,7 +110,10 @@ class Watch(AbstractContextManager):
     def __enter__(self) -> "Watch":
         try:
             for site in self.sites:
-                _READERS[site.kind](self, site)
+                read = (
+                    self._read_map if site.kind == "map" else self._read_tokens if site.grid is not None else self._read
+                )
+                read(site)
         except BaseException:
             self._remove()
             raise
@@ -122,50 +137,89 @@ class Watch(AbstractContextManager):
         if self.stop and len(self.seen) == len(self.names):
             raise _Enough
 
-    def _hook(self, path: str, reader: Callable[[Tensor], None]) -> None:
+    def _hook(self, path: str, reader: Callable[[Any], None]) -> None:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            reader(_tensor(output))
+            reader(output)
 
         self._handles.append(self.network.get_submodule(path).register_forward_hook(hook))
 
-    def _before(self, path: str, reader: Callable[[Tensor], None]) -> None:
+    def _before(self, path: str, reader: Callable[[tuple, dict[str, Any]], None]) -> None:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            reader(_tensor(args[0] if args else kwargs["hidden_states"]))
+            reader(args, kwargs)
 
         self._handles.append(self.network.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
 
-    def _read_output(self, site: Site) -> None:
-        self._hook(site.module, lambda value: self._see(site.name, value))
+    def _grid(self, site: Site) -> list[int]:
+        """[rows, columns] of the image's tokens, filled in during the forward pass."""
+        size: list[int] = []
+
+        def reader(args: tuple, kwargs: dict[str, Any]) -> None:
+            value = _tensor(args[0] if args else kwargs["hidden_states"])
+            size[:] = (side // site.patch for side in value.shape[-2:])
+
+        assert site.grid is not None
+        self._before(site.grid, reader)
+        return size
+
+    def _read(self, site: Site) -> None:
+        self._hook(site.module, lambda output: self._see(site.name, _tensor(output)))
 
     def _read_tokens(self, site: Site) -> None:
-        size: list[int] = []
-        assert site.grid is not None
-        self._before(site.grid, lambda value: size.__setitem__(slice(None), value.shape[-2:]))
-        self._hook(site.module, lambda value: self._see(site.name, value.mT.unflatten(-1, size)))
+        size = self._grid(site)
+
+        def reader(output: Any) -> None:
+            tokens = output[-1] if isinstance(output, tuple) else _tensor(output)  # joint blocks: (prompt, image)
+            tokens = tokens.flatten(1, -2)  # SAM keeps them in rows and columns
+            self._see(site.name, tokens[:, -size[0] * size[1] :].mT.unflatten(-1, size))
+
+        self._hook(site.module, reader)
 
     def _read_map(self, site: Site) -> None:
         """softmax(q k^T / sqrt(d)) in float32, from the outputs of the query and key projections."""
         attention: Any = self.network.get_submodule(site.module)
+        names = ("to_q", "to_k") if hasattr(attention, "to_q") else ("q_proj", "k_proj")  # diffusers, transformers
+        layers = dict(zip(("q", "k"), names, strict=True))
+        heads = next(getattr(attention, key) for key in _HEADS if hasattr(attention, key))
+        if site.grid is not None and getattr(attention, "add_q_proj", None) is not None:
+            layers |= {"prompt q": "add_q_proj", "prompt k": "add_k_proj"}
+        size = [] if site.grid is None else self._grid(site)
+        given: dict[str, Any] = {}
         parts: dict[str, Tensor] = {}
 
-        def part(name: str) -> Callable[[Tensor], None]:
-            def reader(value: Tensor) -> None:
-                parts[name] = value.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-                if len(parts) == 2:
-                    q, k = parts.pop("q").float(), parts.pop("k").float()
-                    self._see(site.name, (q @ k.mT * attention.scale).softmax(-1))
+        def part(name: str) -> Callable[[Any], None]:
+            norm = getattr(attention, f"norm_{'added_' if ' ' in name else ''}{name[-1]}", None)
+
+            def reader(output: Any) -> None:
+                value = _tensor(output).unflatten(-1, (heads, -1)).transpose(1, 2)
+                parts[name] = value if norm is None else norm(value)
+                if len(parts) == len(layers):
+                    self._see(site.name, weights())
 
             return reader
 
-        self._hook(f"{site.module}.to_q", part("q"))
-        self._hook(f"{site.module}.to_k", part("k"))
+        def joined(name: str) -> Tensor:
+            value = (
+                torch.cat([parts.pop(f"prompt {name}"), parts.pop(name)], 2) if len(layers) == 4 else parts.pop(name)
+            )
+            rotation = given.get("image_rotary_emb")
+            rotated: Any = value if rotation is None else apply_rotary_emb(value, rotation)
+            return rotated.float()
+
+        def weights() -> Tensor:
+            q, k = joined("q"), joined("k")
+            if site.grid is None:
+                bias = given.get("attention_mask")  # [batch, 1, keys]: prompt tokens that are padding
+                return (q @ k.mT * attention.scale + (0 if bias is None else bias[:, None])).softmax(-1)
+            image = size[0] * size[1]
+            attended = (q[:, :, -image:] @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+            return attended[..., :-image] if site.name.endswith("cross_map") else attended[..., -image:]
+
+        self._before(site.module, lambda args, kwargs: given.update(kwargs))
+        for name, layer in layers.items():
+            self._hook(f"{site.module}.{layer}", part(name))
 
 
-_READERS: dict[str, Callable[[Watch, Site], None]] = {
-    **dict.fromkeys(("block", "resnet", "increment", "attention"), Watch._read_output),
-    "tokens": Watch._read_tokens,
-    "map": Watch._read_map,
-}
+_HEADS = ("heads", "num_attention_heads", "num_heads")  # diffusers, and two spellings of transformers
 
 
 def _tensor(output: Any) -> Tensor:
@@ -225,6 +279,28 @@ def unet_sites(network: nn.Module) -> list[Site]:
         level("mid", "mid_block")
     for i in range(len(network.up_blocks)):  # pyright: ignore[reportArgumentType]
         level(f"up.{i}", f"up_blocks.{i}")
+    return sites
+
+
+def transformer_sites(network: nn.Module, lists: Iterable[str], grid: str, patch: int) -> list[Site]:
+    """Sites of a network of transformer blocks in the module lists named, without sizes; see `Site` for grid and patch."""
+    sites: list[Site] = []
+    paths = [f"{path}.{i}" for path in lists for i in range(len(network.get_submodule(path)))]  # pyright: ignore[reportArgumentType]
+    for n, path in enumerate(paths):
+        name, block = f"block.{n}", network.get_submodule(path)
+        joint = not hasattr(block, "attn1")  # image and prompt in one sequence
+        own = f"{path}.attn" if joint else f"{path}.attn1"
+        for role, projection in (("query", "to_q"), ("key", "to_k"), ("value", "to_v")):
+            sites.append(Site(f"{name}.{role}", "tokens", f"{own}.{projection}", grid, patch))
+        sites.append(Site(f"{name}.self_map", "map", own, grid if joint else None, patch))
+        if joint:
+            sites.append(Site(f"{name}.cross_map", "map", own, grid, patch))
+        elif getattr(block, "attn2", None) is not None:
+            sites.append(Site(f"{name}.cross_query", "tokens", f"{path}.attn2.to_q", grid, patch))
+            sites.append(Site(f"{name}.cross_map", "map", f"{path}.attn2"))
+        inner = f"{path}.ff.net.0" if hasattr(block, "ff") else f"{path}.act_mlp"
+        sites.append(Site(f"{name}.feed_forward", "tokens", inner, grid, patch))
+        sites.append(Site(name, "block", path, grid, patch))
     return sites
 
 

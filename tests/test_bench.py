@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import GOLDEN, smooth_picture
+from PIL import Image
 from safetensors.torch import load_file
 from scipy.io import savemat
 from typer.testing import CliRunner
@@ -16,11 +17,14 @@ from typer.testing import CliRunner
 import denoscope as ds
 from denoscope.benchmarks.cub import CUB, square_around
 from denoscope.benchmarks.keypoints import Keypoints
+from denoscope.benchmarks.pck import Pair
 from denoscope.benchmarks.proposal_flow import PFPascal, PFWillow
 from denoscope.benchmarks.running import FeatureStore, Method, evaluate, methods, spread
+from denoscope.benchmarks.semantic import Semantic
 from denoscope.benchmarks.spair import SPair
 from denoscope.cli.main import app
 from denoscope.errors import InputError, MissingError
+from denoscope.features import Joint
 from denoscope.features.baselines import BASELINES
 from denoscope.images import Frame, as_points
 
@@ -331,3 +335,42 @@ def test_mistakes_are_told_in_a_sentence(tmp_path, arguments, message):
     result = run(*arguments, "--out", tmp_path)
     assert isinstance(result.exception, (InputError, MissingError)), result.output
     assert message in str(result.exception)
+
+
+def test_flip_swaps_left_and_right_keypoints(tmp_path):
+    """A mirrored photo is another animal that looks the other way: its left eye is where the mirror has the right one."""
+    picture = smooth_picture(3, 80, 48)
+    picture.image().save(tmp_path / "one.png")
+    picture.image().transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "two.png")
+    points = torch.tensor([[10.0, 20.0], [30.0, 22.0], [60.0, 40.0]], dtype=torch.float64)
+    mirrored = torch.stack([79 - points[:, 0], points[:, 1]], 1)
+
+    class Turned(Semantic):
+        def pairs(self):
+            names = str(tmp_path / "one.png"), str(tmp_path / "two.png")
+            box = (0.0, 0.0, 79.0, 47.0)
+            return [Pair(*names, "animal", points, mirrored[[1, 0, 2]], box, (80, 48), box, key="a", ids=(4, 7, 9))]
+
+    features = FeatureStore(BASELINES["rgb"](size=0, stride=1))
+    for flip, swaps, right in ((False, (), 0), (True, ("4-7",), 100), (True, (), 100 / 3)):
+        benchmark = Turned(tmp_path, flip=flip, swaps=swaps, alphas=(0.02,))
+        [item] = benchmark.items()
+        record = benchmark.run(item, features)
+        assert benchmark.rows([item], [record])[0]["bbox@0.02"] == pytest.approx(right)
+        assert record.get("mirrored", False) == flip
+    with pytest.raises(InputError, match="LEFT-RIGHT"):
+        Turned(tmp_path, swaps=("4:7",))
+
+
+def test_joint_features_keep_their_parts(tmp_path):
+    """A joint map saved to disk would lose what a PCA of both pictures needs, so it is not."""
+    benchmark = SPair(EVAL / "SPair-71k")
+    joint = Joint([BASELINES["rgb"](), BASELINES["sift"]()], pca=8)
+    store = FeatureStore(joint, folder=tmp_path / "features")
+    report = evaluate(benchmark, methods(benchmark, [store]), tmp_path, limit=4)
+    assert not (tmp_path / "features").exists()
+    item = spread(benchmark.items(), 4)[0]
+    source, target = (joint(benchmark.picture(name)) for name in (item.data.source, item.data.target))
+    direct = ds.transfer(source, target, item.data.source_points).points
+    assert benchmark.run(item, store)["points"] == direct.tolist()
+    assert report.rows["rgb+sift"][0]["count"] == 4

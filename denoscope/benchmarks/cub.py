@@ -41,6 +41,9 @@ class CUB(Semantic):
     def picture(self, name: str) -> Picture:
         return cut_square(read(name), self._table[name][0], self.side)
 
+    def exchanged(self, category: str) -> Sequence[tuple[int, int]]:
+        return super().exchanged(category) or [(6, 10), (7, 11), (8, 12)]  # eye, leg and wing
+
     @cached_property
     def _table(self) -> dict[str, tuple[tuple[int, int, int, int], np.ndarray]]:
         """Path of every test picture to its square (left, top, right, bottom) and parts [15, 3] (x, y, visible)."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from denoscope.benchmarks.protocol import Benchmark, Item, Record, Row
 from denoscope.errors import DenoscopeError, InputError
-from denoscope.features import Dift, Extractor, FeatureMap
+from denoscope.features import Dift, Extractor, FeatureMap, Joint
 from denoscope.images import Picture, atomically, write
 
 _MEMORY = 1 << 30  # bytes of features kept in memory
@@ -27,7 +27,8 @@ class FeatureStore:
     """
 
     def __init__(self, extractor: Extractor, prompt: str | None = None, folder: Path | None = None):
-        self.extractor, self.prompt, self.folder = extractor, prompt, folder
+        self.extractor, self.prompt = extractor, prompt
+        self.folder = None if isinstance(extractor, Joint) else folder  # their files hold no parts to reduce
         self.settings = {**extractor.describe(), **({"prompt": prompt} if prompt is not None else {})}
         self._kept: OrderedDict[str, FeatureMap] = OrderedDict()
 
@@ -68,6 +69,8 @@ def fingerprint(values: Any) -> str:
 
 def takes_prompts(extractor: Extractor) -> bool:
     """Whether the extractor's model is told in words what a picture shows."""
+    if isinstance(extractor, Joint):
+        return any(takes_prompts(part) for part in extractor.parts)
     if not isinstance(extractor, Dift):
         return False
     try:
@@ -244,5 +247,20 @@ class SiteStore:
         self._kept.move_to_end(key)
         return self._kept[key]
 
-    def at(self, site: str) -> Callable[[Picture, str], FeatureMap]:
-        return lambda picture, category: self(picture, category)[site]
+    def at(self, site: str) -> "OneSite":
+        return OneSite(self, site)
+
+
+@dataclass(frozen=True, eq=False)
+class OneSite:
+    """The Features of one site of a `SiteStore`."""
+
+    store: SiteStore
+    site: str
+
+    @property
+    def extractor(self) -> Extractor:
+        return self.store.extractor
+
+    def __call__(self, picture: Picture, category: str = "") -> FeatureMap:
+        return self.store(picture, category)[self.site]

@@ -1,5 +1,6 @@
 """Semantic correspondence: keypoints carried from one picture to another of the same kind, measured by PCK."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from PIL import Image
 from denoscope.benchmarks.pck import THRESHOLDS, Pair, Threshold, pck
 from denoscope.benchmarks.protocol import Features, Item, Record, Row
 from denoscope.correspondence import transfer
+from denoscope.correspondence.matching import transfer_aligned
+from denoscope.correspondence.mirroring import counterparts, mirror, unmirrored
 from denoscope.errors import InputError
 from denoscope.images import Frame, Picture, as_points, read
 from denoscope.images.draw import draw_matches
@@ -21,13 +24,17 @@ class Semantic:
     """PCK over annotated pairs. Which pairs, and how their pictures are cut out, is what the data sets differ in.
 
     alphas: shares of the threshold, the headline first. thresholds: kinds of `Pair.threshold`, the headline first.
-    soft: soft-argmax window in feature cells, 0 for the best pixel.
+    soft: soft-argmax window in feature cells, 0 for the best pixel. flip: match from the source's mirror image where that is
+    more like the target inside the source's box (`transfer_aligned`); keypoints of the left and right then change places.
+    swaps: which ones do, "LEFT-RIGHT" by their ids; by default what the data set says of its own.
     """
 
     root: Path
     alphas: tuple[float, ...] = (0.1, 0.05, 0.01)
     thresholds: tuple[str, ...] = ("bbox", "img")
     soft: float = 0.0
+    flip: bool = False
+    swaps: tuple[str, ...] = ()
 
     name = "semantic"
     preset = "semantic"
@@ -39,6 +46,8 @@ class Semantic:
             raise InputError(f"There is no threshold {unknown[0]!r}; choose from {', '.join(THRESHOLDS)}.")
         if not self.alphas or not self.thresholds or not all(0 < alpha <= 1 for alpha in self.alphas):
             raise InputError("PCK needs at least one alpha in (0, 1] and one threshold.")
+        if wrong := [swap for swap in self.swaps if not re.fullmatch(r"\d+-\d+", swap)]:
+            raise InputError(f"The swap {wrong[0]!r} is not understood; write the ids of two keypoints, LEFT-RIGHT.")
 
     @property
     def columns(self) -> list[str]:
@@ -52,6 +61,10 @@ class Semantic:
         """The picture that a pair names as its source or target."""
         return read(name)
 
+    def exchanged(self, category: str) -> Sequence[tuple[int, int]]:
+        """Pairs of keypoint ids that a mirror exchanges."""
+        return [(int(a), int(b)) for a, b in (swap.split("-") for swap in self.swaps)]
+
     def items(self) -> list[Item]:
         return [
             Item(pair.key or f"{i:06d}", pair.category, pair)
@@ -63,7 +76,13 @@ class Semantic:
         pair: Pair = item.data
         source, target = (features(self.picture(name), item.category) for name in (pair.source, pair.target))
         points = source.frame.clamped(pair.source_points)
-        return {"points": transfer(source, target, points, self.soft).points.tolist()}
+        if not self.flip:
+            return {"points": transfer(source, target, points, self.soft).points.tolist()}
+        plain = self.picture(pair.source)
+        turned = unmirrored(features(mirror(plain), item.category), plain)
+        partners = None if pair.ids is None else counterparts(pair.ids, self.exchanged(item.category))
+        found = transfer_aligned(source, turned, target, points, pair.source_box, partners, soft_window=self.soft)
+        return {"points": found.points.tolist(), "mirrored": found.recipe["mirrored"]}
 
     def rows(self, items: Sequence[Item], records: Sequence[Record]) -> list[Row]:
         categories = sorted({item.category for item in items})

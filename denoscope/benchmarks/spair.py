@@ -1,6 +1,7 @@
 """SPair-71k (Min et al., arXiv 1908.10543) and data sets in its layout."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 
 from denoscope.benchmarks.pck import Pair
 from denoscope.benchmarks.semantic import Semantic
+from denoscope.correspondence.mirroring import SPAIR_SWAPS
 from denoscope.errors import InputError, MissingError
 
 
@@ -25,6 +27,9 @@ class SPair(Semantic):
         if not found:
             raise InputError(f"{self.root} has no pairs of {', '.join(self.categories) or self.split}.")
         return found
+
+    def exchanged(self, category: str) -> Sequence[tuple[int, int]]:
+        return super().exchanged(category) or SPAIR_SWAPS.get(category, ())
 
 
 def read_pairs(root: str | Path, split: str = "test", categories: list[str] | None = None) -> list[Pair]:

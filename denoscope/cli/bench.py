@@ -22,7 +22,11 @@ BENCHMARKS = {
     "pf-pascal": ("proposal_flow", "PFPascal"),
     "cub": ("cub", "CUB"),
     "keypoints": ("keypoints", "Keypoints"),
+    "hpatches": ("hpatches", "HPatches"),
+    "dense": ("dense", "Dense"),
     "davis": ("davis", "DAVIS"),
+    "jhmdb": ("jhmdb", "JHMDB"),
+    "animal": ("jhmdb", "AnimalVideo"),
 }
 
 Name = Annotated[str, typer.Argument(help=f"One of: {', '.join(BENCHMARKS)}.")]

@@ -1,7 +1,7 @@
 """`denoscope features`: dense features of pictures, saved as safetensors with a PCA picture beside them."""
 
+import json
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,13 +23,13 @@ def features(
     ensemble: options.Ensemble = None,
     size: options.Size = None,
     prompt: options.Prompt = None,
+    join: options.Join = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
 ) -> None:
     """Save the features of every IMAGE; pictures that are done with the same settings are not done again."""
     import denoscope as ds
-    from denoscope.features import recipe
     from denoscope.images import write
     from denoscope.images.picture import IMAGE_SUFFIXES
 
@@ -40,10 +40,9 @@ def features(
             raise InputError(f"{path} holds no images.")
         files += inside
     names = _names(files)
-    denoiser = ds.load(model, device, dtype)
-    asked = {"t": t, "site": site, "ensemble": ensemble, "size": size, "prompt": prompt}
-    chosen = recipe(denoiser, preset, **asked)  # a wrong setting is one error, not one for every picture
-    settings = {"model": model, "seed": seed, "dtype": str(denoiser.dtype), **asdict(chosen)}
+    asked = {"preset": preset, "t": t, "site": site, "ensemble": ensemble, "size": size, "prompt": prompt, "seed": seed}
+    extract = options.load_extractor(model, device, dtype, join, **asked)  # a wrong setting is one error, not many
+    settings = json.loads(json.dumps(extract.describe()))
     console, failed, last = Console(), [], None
     options.folder(out)
     for file, name in track(list(zip(files, names, strict=True)), "Features", disable=not console.is_terminal):
@@ -53,7 +52,7 @@ def features(
             made = {**settings, "digest": picture.digest}
             fm = _done(target, made)
             if fm is None:
-                fm = ds.features(denoiser, picture, preset=preset, seed=seed, **asked)
+                fm = extract(picture)
                 fm.recipe["asked"] = made
                 write(fm.pca(), out / f"{name}.png")
                 fm.save(target)

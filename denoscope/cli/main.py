@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from denoscope.cli import bench, demo, features, guidance, match, models, sample, train
+from denoscope.cli import bench, demo, features, guidance, match, models, propagate, sample, track, train
 from denoscope.errors import DenoscopeError
 
 app = typer.Typer(
@@ -19,6 +19,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("match")(match.match)
+app.command("propagate")(propagate.propagate)
+app.command("track")(track.track)
 app.command("features")(features.features)
 app.command("bench")(bench.bench)
 app.command("sweep")(bench.sweep)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from denoscope.cli import options
+from denoscope.cli import geometric, options
 from denoscope.errors import InputError
 
 
@@ -30,25 +30,43 @@ def match(
     ensemble: options.Ensemble = None,
     size: options.Size = None,
     prompt: options.Prompt = None,
+    join: options.Join = None,
+    pca: options.Pca = None,
     soft: Annotated[float, typer.Option(help="Soft-argmax window in feature cells; 0 takes the best pixel.")] = 0.0,
     mutual: Annotated[
         bool, typer.Option("--mutual", help="Also match back and print the distance from the start.")
+    ] = False,
+    flip: Annotated[
+        bool, typer.Option("--flip", help="Also try SOURCE mirrored, and take for each TARGET what is more like it.")
     ] = False,
     heat: Annotated[bool, typer.Option("--heat", help="Draw the cosine map of point 0 over the target.")] = False,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
     out: Annotated[Path, typer.Option(help="Folder for matches.png and matches.json.")] = Path("out"),
+    geometry: Annotated[
+        bool, typer.Option("--geometric", help="Match key points of two views of one scene and find its geometry.")
+    ] = False,
+    keypoints: geometric.Keypoints = None,
+    keypoints_b: geometric.KeypointsB = None,
+    count: geometric.Count = None,
+    metric: geometric.Metric = None,
+    convention: geometric.Convention = None,
+    estimate: geometric.Estimate = None,
+    method: geometric.Method = None,
+    threshold: geometric.Threshold = None,
+    focal: geometric.Focal = None,
+    truth: geometric.Truth = None,
 ) -> None:
     """Find points of SOURCE in every TARGET; writes a picture and all numbers."""
     import denoscope as ds
-    from denoscope.images import atomically, write
+    from denoscope.images import atomically, read_mask, write
     from denoscope.images.draw import draw_matches
 
-    if heat and len(targets) > 1:
-        raise InputError("--heat draws one target; give a single TARGET or leave it out.")
-    picture, others = ds.read(source), [ds.read(target) for target in targets]
-    chosen = choose_points(picture, points, grid, mask)
+    given = {"keypoints": keypoints, "keypoints_b": keypoints_b, "n": count, "metric": metric, "convention": convention}
+    given |= {"matrix": estimate, "method": method, "threshold": threshold, "focal": focal, "truth": truth}
+    if not geometry and (named := [name for name, value in given.items() if value is not None]):
+        raise InputError(f"{geometric.OPTIONS[named[0]]} belongs to --geometric; add it or leave this out.")
     settings = {
         "preset": preset,
         "t": t,
@@ -57,9 +75,23 @@ def match(
         "size": size,
         "prompt": prompt,
         "seed": seed,
+        "join": join,
+        "pca": pca,
     }
+    if geometry:
+        sparse = {"--points": points, "--mask": mask, "--soft": soft, "--mutual": mutual, "--heat": heat}
+        sparse |= {"--flip": flip}
+        if unfit := [name for name, value in sparse.items() if value]:
+            raise InputError(f"{unfit[0]} does not go with --geometric, which chooses its own points.")
+        geometric.geometric(source, targets, model, device, dtype, settings, grid, given, out)
+        return
+    if heat and len(targets) > 1:
+        raise InputError("--heat draws one target; give a single TARGET or leave it out.")
+    picture, others = ds.read(source), [ds.read(target) for target in targets]
+    chosen = choose_points(picture, points, grid, mask)
     extract = options.load_extractor(model, device, dtype, **settings)
-    found = ds.match(extract, picture, others, chosen, soft_window=soft, cycle=mutual)
+    region = read_mask(mask, picture.size) if flip and mask is not None else None
+    found = ds.match(extract, picture, others, chosen, soft_window=soft, cycle=mutual, flip=flip, region=region)
     options.folder(out)
     one = found[0]
     drawn = (
@@ -76,6 +108,9 @@ def match(
         text = json.dumps([m.to_dict() for m in found], indent=2) + "\n"
         atomically(out / "matches.json", lambda path: path.write_text(text))
     print_matches(found, [str(target) for target in targets])
+    for one, target in zip(found, targets, strict=True):
+        if one.recipe.get("mirrored"):
+            print(f"{source} is mirrored for {target}.")
     print(f"Picture: {out / 'matches.png'}\nNumbers: {out / 'matches.json'}")
 
 

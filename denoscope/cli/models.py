@@ -21,17 +21,27 @@ def models(
         table.add_column("give", style="bold")
         table.add_column("and get")
         table.add_row("seedling", "the embedded pixel-space model (see its card in denoscope/seedling)")
-        table.add_row("FOLDER or HUB/ID", "Stable Diffusion 1.x or 2.x pipeline in diffusers layout")
+        table.add_row(
+            "FOLDER or HUB/ID", "pipeline in diffusers layout: Stable Diffusion 1.x, 2.x, XL or 3, FLUX.1, DiT, PixArt"
+        )
+        table.add_row("PIPELINE+UNET", "the same with another U-Net in it (a CleanDIFT checkpoint, for --preset clean)")
         table.add_row("FOLDER", "pixel-space UNet2DModel or UNet2DConditionModel in diffusers layout")
+        table.add_row("FOLDER or HUB/ID", "encoder in transformers layout: DINO, DINOv2, DINOv3, CLIP or SAM")
+        table.add_row(
+            "rgb, sift, sift-fine, position",
+            "baselines: colour patches, dense SIFT (40 and 16 px), the position itself",
+        )
         table.add_row(
             "FILE.pt / .safetensors", "ADM (guided-diffusion) checkpoint; other shapes in FILE.json beside it"
         )
         console.print(table)
         return
-    import denoscope as ds
-    from denoscope.features import PRESETS
+    from denoscope.features import PRESETS, Baseline, load_model
 
-    denoiser = ds.load(model, device)
+    denoiser = load_model(model, device)
+    if isinstance(denoiser, Baseline):
+        print(f"{model}: a baseline without a network or sites")
+        return
     parameters = sum(p.numel() for p in denoiser.network.parameters()) / 1e6
     print(f"{denoiser.name}: {denoiser.family}, {parameters:.1f} M parameters in the network")
     for name, preset in {**PRESETS.get(denoiser.family, {}), **denoiser.presets}.items():

@@ -1,6 +1,8 @@
 """Point transfer and mutual nearest neighbours on feature maps (DIFT, arXiv 2306.03881, sections 5.1 and 5.2)."""
 
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -8,9 +10,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from denoscope.correspondence.matches import Matches
+from denoscope.correspondence.mirroring import RegionLike, align_flip, mirror, unmirrored
 from denoscope.errors import InputError
-from denoscope.features import FeatureMap, as_extractor
-from denoscope.images import Points, PointsLike, read
+from denoscope.features import FeatureMap, as_extractor, paired
+from denoscope.images import Frame, Points, PointsLike, read
 
 TIE = 1e-6  # cosines this close to the best are ties, broken by row-major order; float noise must not decide
 _SCORES_AT_ONCE = 1 << 24  # cosines held at a time (64 MiB)
@@ -35,9 +38,12 @@ def transfer(
     cycle: also transfer every match back and report its distance in pixels from the point it started from.
     force: compare maps made with different models, timesteps or sites anyway.
 
+    Joint features with a PCA are reduced together first (see `features.paired`).
+
     Raises InputError for points outside the picture and for maps that cannot be compared.
     """
-    _comparable(source, target, force)
+    comparable(source, target, force)
+    source, target = paired(source, target)
     if not (0 <= soft_window < float("inf") and temperature > 0):
         raise InputError("The soft-argmax window must be 0 or more feature cells, and its temperature positive.")
     points = source.frame.inside(points)
@@ -86,7 +92,8 @@ def _soft_argmax(
     return torch.stack(means)
 
 
-def _comparable(source: FeatureMap, target: FeatureMap, force: bool) -> None:
+def comparable(source: FeatureMap, target: FeatureMap, force: bool = False) -> None:
+    """InputError unless both maps have the same channels and, but for `force`, were made in the same way."""
     if source.values.shape[0] != target.values.shape[0]:
         raise InputError(
             f"The maps have {source.values.shape[0]} and {target.values.shape[0]} channels; make both alike."
@@ -99,6 +106,48 @@ def _comparable(source: FeatureMap, target: FeatureMap, force: bool) -> None:
             )
 
 
+def transfer_aligned(
+    source: FeatureMap,
+    turned: FeatureMap,
+    target: FeatureMap,
+    points: PointsLike,
+    region: RegionLike | None = None,
+    partners: Sequence[int] | None = None,
+    **options: Any,
+) -> Matches:
+    """`transfer` from the better of a picture's features and its mirror image's, as GeoAware-SC aligns poses at test time.
+
+    turned: features of the mirror image, laid back over the picture (`unmirrored(extract(mirror(picture)), picture)`).
+    region: where the object lies in the source, see `align_flip`. `options` are those of `transfer`.
+    partners: for annotated keypoints, which of the points is each one's counterpart on the other side (`counterparts`): in the
+        mirror image the left eye is where the picture has its right one. -1 takes the picture itself for that point.
+    `recipe["mirrored"]` says which it was.
+    """
+    aligned = align_flip(source, turned, target, region)
+    if not aligned.mirrored or partners is None:
+        made = transfer(aligned.source, target, points, **options)
+        return replace(made, recipe={**made.recipe, "mirrored": aligned.mirrored})
+    asked = source.frame.inside(points)
+    index = torch.tensor(list(partners))
+    if len(index) != len(asked) or not bool(((index >= -1) & (index < len(asked))).all()):
+        raise InputError(f"{len(asked)} points need as many partners, each from -1 to {len(asked) - 1}.")
+    own = transfer(source, target, asked, **options)
+    other = transfer(turned, target, asked[index.clamp_min(0)], **options)
+    lone = index < 0
+
+    def chosen(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(lone if a.ndim == 1 else lone[:, None], a, b)
+
+    return replace(
+        other,
+        source_points=asked,
+        points=chosen(own.points, other.points),
+        scores=chosen(own.scores, other.scores),
+        cycle=None if own.cycle is None or other.cycle is None else chosen(own.cycle, other.cycle),
+        recipe={**other.recipe, "mirrored": True},
+    )
+
+
 def match(
     model: Any,
     source: Any,
@@ -108,18 +157,34 @@ def match(
     soft_window: float = 0.0,
     temperature: float = 0.02,
     cycle: bool = False,
+    flip: bool = False,
+    region: RegionLike | None = None,
     **options: Any,
 ) -> Any:
     """`features` of both pictures and `transfer` in one call; a list of targets gives a list of Matches.
 
-    model: a Denoiser, or any Extractor. `options` are those of `denoscope.features`. The source's features are made once.
+    model: a Denoiser, an Encoder, or any Extractor. `options` are those of `denoscope.features`. The source's features are made
+    once.
+    flip: also try the mirror image of the source, and take for each target the one that is more like it (see `align_flip`);
+        `Matches.recipe["mirrored"]` says which. region: where the object lies in the source, a mask [height, width] or a box
+        (x1, y1, x2, y2), for that choice; by default everywhere.
     """
+    if region is not None and not flip:
+        raise InputError("A region is only for the choice that flip makes; ask for flip too.")
     extract = as_extractor(model, **options)
     source, many = read(source), isinstance(target, list | tuple)
     targets = [read(one) for one in (target if many else [target])]
+    Frame.of(source.size).inside(points)  # before the expensive part
     first = extract(source)
-    first.frame.inside(points)  # before the expensive part for the targets
-    found = [transfer(first, extract(one), points, soft_window, temperature, cycle) for one in targets]
+    turned = unmirrored(extract(mirror(source)), source) if flip else None
+
+    def to(one: FeatureMap) -> Matches:
+        if turned is None:
+            return transfer(first, one, points, soft_window, temperature, cycle)
+        options = {"soft_window": soft_window, "temperature": temperature, "cycle": cycle}
+        return transfer_aligned(first, turned, one, points, region, **options)
+
+    found = [to(extract(one)) for one in targets]
     return found if many else found[0]
 
 

@@ -25,20 +25,37 @@ def draw(shape: tuple[int, ...], *key: int | str) -> Float[Tensor, "..."]:
 class Noise:
     """Explicit draws for one picture, in latent shape.
 
-    diffusion: `eps` of `x_t = a_t x_0 + s_t eps`, one per ensemble member.
+    diffusion: `eps` of `x_t = a_t x_0 + s_t eps`, one per ensemble member; None leaves x_0 as it is.
     posterior: draws that sample the autoencoder's posterior, one per member; None takes its mode.
     """
 
-    diffusion: Float[Tensor, "members channels height width"]
+    diffusion: Float[Tensor, "members channels height width"] | None
     posterior: Float[Tensor, "members channels height width"] | None = None
 
     def __post_init__(self) -> None:
-        if self.diffusion.ndim != 4:
-            raise InputError(f"Noise must be [members, channels, height, width], not {list(self.diffusion.shape)}.")
-        if self.posterior is not None and self.posterior.shape != self.diffusion.shape:
-            raise InputError(
-                f"Posterior noise {list(self.posterior.shape)} and diffusion noise {list(self.diffusion.shape)} differ."
-            )
+        for draws in (self.diffusion, self.posterior):
+            if draws is not None and draws.ndim != 4:
+                raise InputError(f"Noise must be [members, channels, height, width], not {list(draws.shape)}.")
+        if self.diffusion is None and self.posterior is None:
+            raise InputError('This noise has no draws at all; write noise="none" for clean latents.')
+        one, two = self.posterior, self.diffusion
+        if one is not None and two is not None and one.shape != two.shape:
+            raise InputError(f"Posterior noise {list(one.shape)} and diffusion noise {list(two.shape)} differ.")
+
+    @property
+    def members(self) -> int:
+        return self._draws.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the latents of one member."""
+        return tuple(self._draws.shape[1:])
+
+    @property
+    def _draws(self) -> Tensor:
+        draws = self.diffusion if self.diffusion is not None else self.posterior
+        assert draws is not None
+        return draws
 
     @classmethod
     def draw(cls, shape: tuple[int, ...], seed: int, item: int, t: int, members: int, posterior: bool) -> "Noise":

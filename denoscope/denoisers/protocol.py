@@ -1,14 +1,12 @@
 """`Denoiser`: one protocol for every pretrained diffusion model.
 
-How further families fit without changing it:
+How the families fit:
 
-- SDXL: `condition` concatenates the hidden states of its two text encoders as `tokens` and puts the pooled embedding and the
-  size ids into `extra` (`text_embeds`, `time_ids`), which `predict` hands to the U-Net as `added_cond_kwargs`. The network
-  is a diffusers U-Net, so `unet_sites` names its sites; transformer layers with several blocks get `.block.K`.
-- DiT, PixArt, SD3, Flux: `schedule.prediction` is "flow" where they are rectified flows (timesteps stay integers 0..999,
-  scaled to the network's own range inside `predict`); packing latents into tokens is part of `predict`; sites are `block.N`
-  (+ `.query`, `.self_map`, …), kind "tokens", with the patch grid as their grid. Pooled embeddings and guidance scalars go
-  to `extra`.
+- Stable Diffusion, SDXL, pixel-space U-Nets (unet.py, sdxl.py): SDXL's `tokens` are the hidden states of its two text encoders
+  side by side, its pooled embedding is in `extra`, and `output` tells the network the picture's size.
+- DiT, PixArt, SD3, Flux (transformer.py): `schedule.prediction` is "flow" where they are rectified flows (timesteps stay
+  integers 0..999, noise level (t + 1) / 1000 before the scheduler's shift). Flux packs its latents into tokens inside
+  `network`, so latents are maps for all. They are also `Modulated`.
 - Video U-Nets: latents get a frame axis `[batch, channels, frames, height, width]`; nothing here assumes four axes.
 """
 
@@ -127,4 +125,30 @@ class Denoiser(Protocol):
 
         Channels and strides are filled in unless `sizes` is false (they take a dry run of a weightless copy).
         """
+        ...
+
+
+@runtime_checkable
+class Modulated(Protocol):
+    """A transformer whose blocks normalise their input adaptively: AdaLN, `LayerNorm(x) (1 + scale) + shift`.
+
+    Peebles and Xie, arXiv 2212.09748, section 3.2; scale and shift come from timestep and condition.
+    """
+
+    def modulation(
+        self, block: int, t: Timestep, condition: Condition, size: tuple[int, int] | None = None
+    ) -> tuple[Float[Tensor, " channels"], Float[Tensor, " channels"]]:
+        """(shift, scale) of the first AdaLN of whatever reads the output of block `block`: the next block, or the final layer.
+
+        condition: one row. size: (height, width) of the latents, for families that are told it.
+        """
+        ...
+
+
+@runtime_checkable
+class Timed(Protocol):
+    """A model whose pipeline chooses the sampler's noise levels itself."""
+
+    def timing(self, steps: int, shape: tuple[int, ...]) -> dict[str, Any]:
+        """What its pipeline gives to the scheduler's `set_timesteps` for latents of `shape`: `sigmas`, `mu`."""
         ...

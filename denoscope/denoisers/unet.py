@@ -10,6 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from denoscope.denoisers import autoencoder
 from denoscope.denoisers.protocol import Condition, Posterior
 from denoscope.denoisers.schedule import NoiseSchedule, Timestep
 from denoscope.denoisers.text import TextEncoder
@@ -45,6 +46,7 @@ class UNetDenoiser:
         self.unet, self.vae, self.text = unet, vae, text
         self.schedule, self.name, self.presets, self.null_class = schedule, name, presets or {}, null_class
         self.family = "stable-diffusion" if vae is not None else "pixel"
+        self.stride = autoencoder.stride(vae) if vae is not None else 1
         self.multiple = 1
         depth = len(unet.config.block_out_channels) - 1
         self.minimum = 64 if vae is not None else 2 ** (depth + 1)
@@ -64,12 +66,10 @@ class UNetDenoiser:
 
     @torch.no_grad()
     def posterior(self, pixels: Tensor) -> Posterior:
+        if self.vae is not None:
+            return autoencoder.posterior(self.vae, pixels)
         pixels = pixels.to(self.device)
-        if self.vae is None:
-            return Posterior(pixels.mean(1, keepdim=True) if self.unet.config.in_channels == 1 else pixels)
-        distribution = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
-        scale, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
-        return Posterior((distribution.mean.float() - shift) * scale, distribution.std.float() * scale)
+        return Posterior(pixels.mean(1, keepdim=True) if self.unet.config.in_channels == 1 else pixels)
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         return self.posterior(pixels).sample(noise)
@@ -77,8 +77,7 @@ class UNetDenoiser:
     def decode(self, latents: Tensor) -> Tensor:
         if self.vae is None:
             return latents.expand(-1, 3, *latents.shape[2:])
-        scale, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
-        return self.vae.decode((latents / scale + shift).to(self.vae.dtype)).sample.float()
+        return autoencoder.decode(self.vae, latents)
 
     def condition(self, prompts: Sequence[str] | Sequence[int] | None, batch: int = 1) -> Condition:
         if self.text is not None:
@@ -103,24 +102,36 @@ class UNetDenoiser:
         return Condition()
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
-        stride = 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 1
         unit = 1 if isinstance(self.unet, UNet2DConditionModel) else 2 ** (len(self.unet.config.block_out_channels) - 1)
         config: Any = self.unet.config
         own = config.sample_size or 64
         sides = [own, own] if isinstance(own, int) else list(own)
         asked = [
-            side if pixels is None else pixels / stride for pixels, side in zip((height, width), sides, strict=True)
+            side if pixels is None else pixels / self.stride
+            for pixels, side in zip((height, width), sides, strict=True)
         ]
         if any(side < 1 or side % unit for side in asked):
-            raise InputError(f"{self.name} makes pictures whose sides are multiples of {stride * unit} pixels.")
+            raise InputError(f"{self.name} makes pictures whose sides are multiples of {self.stride * unit} pixels.")
         return (config.in_channels, *map(int, asked))
 
     def output(self, noisy: Tensor, t: float | Tensor, condition: Condition) -> Tensor:
-        condition = condition.expand(noisy.shape[0])
+        given = self._given(noisy, condition.expand(noisy.shape[0]))
+        return self.unet(noisy.to(self.dtype), t, return_dict=False, **given)[0].float()
+
+    def _given(self, noisy: Tensor, condition: Condition) -> dict[str, Any]:
+        """What the network is called with beside noisy latents and timestep."""
         given: dict[str, Any] = {name: value.to(noisy.device) for name, value in condition.extra.items()}
         if condition.tokens is not None:
             given["encoder_hidden_states"] = condition.tokens.to(self.dtype)
-        return self.unet(noisy.to(self.dtype), t, return_dict=False, **given)[0].float()
+        return given
+
+    def _dummy(self) -> Condition:
+        """A condition of one row with the right shapes, on the default device."""
+        config = self.unet.config
+        cross = config.get("cross_attention_dim")
+        tokens = None if cross is None else torch.zeros(1, self.text.length if self.text else 77, cross)
+        labels = {"class_labels": torch.zeros(1, dtype=torch.long)} if config.get("num_class_embeds") else {}
+        return Condition(tokens, labels)
 
     def predict(self, noisy: Tensor, t: Timestep, condition: Condition) -> Tensor:
         output = self.output(noisy, self.schedule.timestep(t).to(noisy.device), condition)
@@ -132,15 +143,10 @@ class UNetDenoiser:
         if self._sites is None:
             config = dict(self.unet.config)
             with torch.device("meta"):
-                skeleton = Skeleton(type(self.unet).from_config(config), unet_sites(self.unet))
+                skeleton = Skeleton(type(self.unet).from_config(config).to(self.dtype), unet_sites(self.unet))
                 width = 512 if self.vae is not None else 16 * self.minimum
-                stride = 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 1
-                noisy = torch.zeros(1, config["in_channels"], width // stride, width // stride)
-                given: dict[str, Tensor] = {}
-                if (cross := config.get("cross_attention_dim")) is not None:
-                    given["encoder_hidden_states"] = torch.zeros(1, self.text.length if self.text else 77, cross)
-                if config.get("num_class_embeds"):
-                    given["class_labels"] = torch.zeros(1, dtype=torch.long)
-                t = torch.zeros((), dtype=torch.long)
+                side = width // self.stride
+                noisy = torch.zeros(1, config["in_channels"], side, side, dtype=self.dtype)
+                given, t = self._given(noisy, self._dummy()), torch.zeros((), dtype=torch.long)
                 self._sites = skeleton.measured(lambda network: network(noisy, t, **given), width)
         return self._sites

@@ -23,7 +23,7 @@ from denoscope.features.presets import NAMES
 from denoscope.images import Frame, Picture
 
 Grid = tuple[int, int]  # (width, height) in cells
-_FINEST = 512  # cells of the longer side of a map of positions
+_FINEST, _COARSEST = 512, 64  # cells of a map of positions: of its longer side at most, of each at least
 
 
 def rgb(picture: Picture, size: tuple[int, int], grid: Grid) -> Float[Tensor, "147 height width"]:
@@ -47,17 +47,19 @@ def sift(
     return torch.from_numpy(np.asarray(found, np.float32)).mT.unflatten(1, (grid[1], grid[0])).contiguous()
 
 
-def position(picture: Picture, size: tuple[int, int], grid: Grid) -> Float[Tensor, "8 height width"]:
-    """Cosine and sine of the relative position, a quarter and four whole turns across the picture.
+def position(picture: Picture, size: tuple[int, int], grid: Grid) -> Float[Tensor, "12 height width"]:
+    """Cosine and sine of the relative position: a quarter of a turn across the picture, a whole turn, and four.
 
-    The cosine of two of them is highest at the same relative place: the slow pair makes that unique, the fast one sharp.
+    The cosine of two of them is highest at the same relative place: slow turns make that unique, fast ones sharp.
     """
     planes = []
     for axis, cells in enumerate(grid):
         where = (torch.arange(cells) + 0.5) / cells
-        for turns in (0.25, 4.0):
+        for turns in (0.25, 1.0, 4.0):
             angle = 2 * torch.pi * turns * where
-            planes += [(line if axis == 0 else line[:, None]).expand(grid[1], grid[0]) for line in (angle.cos(), angle.sin())]
+            planes += [
+                (line if axis == 0 else line[:, None]).expand(grid[1], grid[0]) for line in (angle.cos(), angle.sin())
+            ]
     return torch.stack(planes)
 
 
@@ -67,7 +69,11 @@ _KINDS: dict[str, Callable[[Picture, tuple[int, int], Grid], Tensor]] = {
     "sift-fine": partial(sift, diameter=16.0),
     "position": position,
 }
-_PRESETS: Mapping[str, tuple[Size, int]] = {"semantic": ("256", 8), "geometric": ("long640", 4), "temporal": ("short480", 8)}
+_PRESETS: Mapping[str, tuple[Size, int]] = {
+    "semantic": ("256", 8),
+    "geometric": ("long640", 4),
+    "temporal": ("short480", 8),
+}
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class Baseline:
 
     preset: size and stride that suit a task. size: pixels that the picture is resized to, see `resolve_size`. stride: pixels
     of the resized picture per cell. Positions need no pixels: unless a stride is given they have one cell per pixel of the
-    picture, at most 512 along its longer side, so that they are exact.
+    picture (from 64 to 512 along a side), so that they are exact.
     """
 
     name: str
@@ -94,7 +100,11 @@ class Baseline:
 
     def describe(self) -> dict[str, Any]:
         size, stride = self._settings
-        return {"model": self.name, "size": size if isinstance(size, str | int | None) else list(size), "stride": stride}
+        return {
+            "model": self.name,
+            "size": size if isinstance(size, str | int | None) else list(size),
+            "stride": stride,
+        }
 
     @property
     def _settings(self) -> tuple[Size | None, int | None]:
@@ -108,7 +118,7 @@ class Baseline:
         rule, stride = self._settings
         if rule is None or stride is None:
             shrunk = min(1.0, _FINEST / max(picture.size))
-            size = grid = tuple(max(1, round(side * shrunk)) for side in picture.size)
+            size = grid = tuple(max(_COARSEST, round(side * shrunk)) for side in picture.size)
         else:
             size = resolve_size(rule, picture.size)
             grid = tuple(-(-side // stride) for side in size)

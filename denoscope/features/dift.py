@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from denoscope.denoisers.noise import Noise
-from denoscope.denoisers.protocol import Denoiser
+from denoscope.denoisers.protocol import Condition, Denoiser
 from denoscope.errors import InputError
+from denoscope.features import ditf
 from denoscope.features.feature_map import FeatureMap
 from denoscope.features.fusing import concatenate
 from denoscope.features.presets import NAMES, PRESETS
@@ -32,7 +33,10 @@ _CELLS_AT_ONCE = 4 * 96 * 96  # latent cells per forward pass on the CPU: four m
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to read: timestep, site, ensemble size, prompt (or class number), picture size and filter, all decided."""
+    """What to read: timestep, site, ensemble size, prompt (or class number), picture size and filter, all decided.
+
+    noise: "drawn", or "none" for clean latents. adaln, massive: see `features`.
+    """
 
     t: int
     site: str
@@ -41,6 +45,9 @@ class Recipe:
     prompt: str | int | None = None
     preset: str | None = None
     resample: Resample = "bicubic"
+    noise: str = "drawn"
+    adaln: bool = False
+    massive: str = "keep"
 
 
 def recipe(
@@ -52,10 +59,17 @@ def recipe(
     prompt: str | int | None = None,
     size: Size | None = None,
     resample: Resample | None = None,
+    noise: str | None = None,
+    adaln: bool | None = None,
+    massive: str | None = None,
 ) -> Recipe:
     """The denoiser's preset ("semantic" unless said) with whatever is given put in its place.
 
-    Raises InputError for unknown presets and sites, timesteps outside the schedule and empty ensembles.
+    Clean latents (`noise="none"`) are all alike, so their ensemble is 1 unless said. Without a word about `adaln` and
+    `massive`, outputs of transformer blocks are modulated and lose their massive channels, and other sites are left alone.
+
+    Raises InputError for unknown presets and sites, timesteps outside the schedule, empty ensembles, and a treatment of
+    transformer blocks where there is none.
     """
     presets: Mapping[str, Any] = {**PRESETS.get(denoiser.family, {}), **denoiser.presets}
     name = preset or "semantic"
@@ -64,13 +78,25 @@ def recipe(
             f"There is no preset {name!r} for {denoiser.name}; choose one of {', '.join(presets or NAMES)}."
         )
     given = {"t": t, "site": site, "ensemble": ensemble, "prompt": prompt, "size": size, "resample": resample}
-    settings = {**presets[name], **{k: v for k, v in given.items() if v is not None}}
+    given |= {"noise": noise, "adaln": adaln, "massive": massive}
+    own = presets[name] if noise != "none" else {**presets[name], "ensemble": 1}
+    settings = {**own, **{k: v for k, v in given.items() if v is not None}}
+    settings.pop("propagation", None)  # what tracking does with the features, see `propagation_settings`
     for key in ("t", "site", "ensemble", "size"):
         if key not in settings:
             raise InputError(f"The preset {name!r} of {denoiser.name} does not say {key}; complete its denoscope.json.")
     if unknown := sorted(set(settings) - set(given)):
         raise InputError(f"The preset {name!r} of {denoiser.name} has an unknown key {unknown[0]!r}.")
-    chosen = Recipe(**settings, preset=name)
+    block = ditf.applies(denoiser, settings["site"])
+    if not block and (adaln or massive not in (None, "keep")):
+        raise InputError(
+            f"adaln and massive are for outputs of transformer blocks (block.N of DiT, PixArt, SD3, Flux), not for "
+            f"{settings['site']} of {denoiser.name}."
+        )
+    settings |= {} if block else {"adaln": False, "massive": "keep"}
+    chosen = Recipe(**{"adaln": block, "massive": "zero" if block else "keep", **settings}, preset=name)
+    if chosen.noise not in ("drawn", "none"):
+        raise InputError(f'noise is "drawn" or "none", not {chosen.noise!r}.')
     denoiser.schedule.check(chosen.t)
     if not isinstance(chosen.ensemble, int) or chosen.ensemble < 1:
         raise InputError(f"The ensemble needs at least 1 member, not {chosen.ensemble}.")
@@ -82,7 +108,8 @@ def resolve_size(size: Size, picture: tuple[int, int], multiple: int = 1, minimu
 
     size: (width, height), "WxH", N or "N" (a square, as the published code has it), "shortN" (short side N, long side
         rounded down to a multiple of 32, as the published video code has it), "longN" (long side N, both sides rounded to
-        multiples of 8 and at least the model's minimum), or 0 (no resizing).
+        multiples of 8 and at least the model's minimum), or 0 (no resizing). Where `multiple` asks for others than 32 and 8
+        (14, the patch of DINOv2), it takes their place.
         `features` also takes several joined by "+": "long48+long96".
 
     Raises InputError when it cannot be understood, or the model cannot take the result.
@@ -92,12 +119,12 @@ def resolve_size(size: Size, picture: tuple[int, int], multiple: int = 1, minimu
     if found := re.fullmatch(r"(\d+)x(\d+)", text):
         target = int(found[1]), int(found[2])
     elif found := re.fullmatch(r"short(\d+)", text):
-        short = int(found[1])
-        target = tuple(short if side == min(w, h) else side * short // min(w, h) // 32 * 32 for side in (w, h))
+        short, step = int(found[1]), multiple if 32 % multiple else 32
+        target = tuple(short if side == min(w, h) else side * short // min(w, h) // step * step for side in (w, h))
     elif found := re.fullmatch(r"long(\d+)", text):
         if int(found[1]) < minimum:
             raise InputError(f"{text} is too small; this model needs sides of at least {minimum} pixels.")
-        scale, step = int(found[1]) / max(w, h), max(8, multiple)
+        scale, step = int(found[1]) / max(w, h), -(-8 // multiple) * multiple
         target = tuple(max(minimum, step, round(side * scale / step) * step) for side in (w, h))
     elif text.isdecimal():
         target = (int(text), int(text)) if int(text) else (w, h)
@@ -136,13 +163,14 @@ def feature_maps(
     width_height = resolve_size(chosen.size, picture.size, denoiser.multiple, denoiser.minimum)
     posterior = denoiser.posterior(picture.resized(width_height, chosen.resample)[None])
     shape = tuple(posterior.mean.shape[1:])
-    if noise is None:
+    clean = noise == "none" or (noise is None and chosen.noise == "none")
+    if isinstance(noise, Noise) or clean:
+        draws = noise if isinstance(noise, Noise) else None
+    else:
         key = (seed, picture.digest, chosen.t, chosen.ensemble)
         draws = Noise.draw(shape, *key, posterior=posterior.std is not None)
-    else:
-        draws = noise if isinstance(noise, Noise) else None
-    if draws is not None and draws.diffusion.shape[1:] != shape:
-        raise InputError(f"The noise is {list(draws.diffusion.shape[1:])} but the latents are {list(shape)}.")
+    if draws is not None and draws.shape != shape:
+        raise InputError(f"The noise is {list(draws.shape)} but the latents are {list(shape)}.")
     if maps := [site.name for site in denoiser.sites(sizes=False) if site.kind == "map" and site.name in sites]:
         raise InputError(f"{maps[0]} is no map of features; choose a block, resnet, attention, query, key or value.")
     condition = denoiser.condition(None if chosen.prompt is None else [chosen.prompt])  # pyright: ignore[reportArgumentType]
@@ -151,8 +179,9 @@ def feature_maps(
         if draws is None:
             noisy = posterior.mean
         else:
-            x0 = posterior.sample(None if draws.posterior is None else draws.posterior[part])
-            noisy = denoiser.schedule.add_noise(x0, draws.diffusion[part].to(x0), chosen.t)
+            noisy = posterior.sample(None if draws.posterior is None else draws.posterior[part])
+            if draws.diffusion is not None:
+                noisy = denoiser.schedule.add_noise(noisy, draws.diffusion[part].to(noisy), chosen.t)
         with torch.no_grad(), Watch(denoiser, sites) as seen:
             denoiser.predict(noisy, chosen.t, condition)
         return [seen[site].float().sum(0) for site in sites]
@@ -160,7 +189,7 @@ def feature_maps(
     sums = _chunked(members, chosen.ensemble, chunk or _members_at_once(denoiser, shape))
     found = {}
     for site, total in zip(sites, sums, strict=True):
-        values = total / chosen.ensemble
+        values, treatment = _treated(denoiser, chosen, site, total / chosen.ensemble, condition, shape)
         if values.device.type != "meta" and not values.isfinite().all():
             raise InputError(f"The features are not finite in {denoiser.dtype}; load the model in bfloat16 or float32.")
         made = {
@@ -173,7 +202,8 @@ def feature_maps(
             "size": list(width_height),
             "resample": chosen.resample,
             "seed": None if isinstance(noise, Noise) else seed,
-            "noise": "given" if isinstance(noise, Noise) else noise or "drawn",
+            "noise": "given" if isinstance(noise, Noise) else "none" if clean else "drawn",
+            **treatment,
             "dtype": str(denoiser.dtype).removeprefix("torch."),
             "picture": str(picture.path) if picture.path else None,
             "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
@@ -181,6 +211,18 @@ def feature_maps(
         frame = Frame.of(picture.size).resize(width_height).resize((values.shape[2], values.shape[1]))
         found[site] = FeatureMap(values, frame, made, picture)
     return found
+
+
+def _treated(
+    denoiser: Denoiser, chosen: Recipe, site: str, values: Tensor, condition: Condition, shape: tuple[int, ...]
+) -> tuple[Tensor, dict[str, Any]]:
+    """The DiTF treatment that a recipe asks for, and what it was."""
+    if not ditf.applies(denoiser, site) or not (chosen.adaln or chosen.massive != "keep"):
+        return values, {"adaln": False, "massive": "keep"}
+    channels = ditf.channels_to_zero(denoiser, chosen.massive, site, chosen.t, values.shape[0])
+    shift, scale = ditf.modulation(denoiser, site, chosen.t, condition, shape[1:]) if chosen.adaln else (None, None)
+    made = {"adaln": chosen.adaln, "massive": chosen.massive, "massive_channels": list(channels)}
+    return ditf.treated(values, channels, shift, scale), made
 
 
 def _members_at_once(denoiser: Denoiser, shape: tuple[int, ...]) -> int:

@@ -6,8 +6,10 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from denoscope.denoisers.noise import Noise
 from denoscope.denoisers.protocol import Denoiser
+from denoscope.encoders.protocol import Encoder
 from denoscope.errors import InputError
 from denoscope.features.dift import Recipe, Size, feature_maps, recipe
+from denoscope.features.encoding import EncoderFeatures, encoder_recipe
 from denoscope.features.feature_map import FeatureMap
 from denoscope.images import Picture, read
 from denoscope.images.picture import Resample
@@ -45,7 +47,7 @@ class Dift:
 
     def describe(self) -> dict[str, Any]:
         dtype = str(self.denoiser.dtype).removeprefix("torch.")
-        noise = "given" if isinstance(self.noise, Noise) else self.noise
+        noise = "given" if isinstance(self.noise, Noise) else self.noise or self.recipe.noise
         return {"model": self.name, "dtype": dtype, **asdict(self.recipe), "seed": self.seed, "noise": noise}
 
     def __call__(self, picture: Picture, prompt: str | int | None = None) -> FeatureMap:
@@ -71,20 +73,22 @@ def as_extractor(
     """
     if isinstance(model, Denoiser):
         if isinstance(noise, Noise):
-            members = noise.diffusion.shape[0]
+            members = noise.members
             if options.get("ensemble") not in (None, members):
                 raise InputError(f"The noise has {members} members but the ensemble {options['ensemble']}.")
             options["ensemble"] = members
         elif noise == "none":
-            options["ensemble"] = 1
+            options |= {"ensemble": 1, "noise": "none"}
         elif noise is not None:
             raise InputError('noise must be a denoscope.Noise, "none" or None.')
         return Dift(model, recipe(model, **options), noise, seed, chunk)
+    if isinstance(model, Encoder):
+        return EncoderFeatures(model, encoder_recipe(model, noise=noise, **options))
     if isinstance(model, Extractor):
         if given := [name for name, value in options.items() if value is not None]:
             raise InputError(f"{model.name} is set up already; {given[0]} cannot be changed.")
         return model
-    raise InputError(f"{type(model).__name__} is no model; give what denoscope.load returns.")
+    raise InputError(f"{type(model).__name__} is no model; give what denoscope.load or denoscope.load_encoder returns.")
 
 
 def features(
@@ -100,20 +104,29 @@ def features(
     seed: int = 0,
     chunk: int | None = None,
     resample: Resample | None = None,
+    adaln: bool | None = None,
+    massive: str | None = None,
 ) -> FeatureMap:
     """Dense features of one picture.
 
-    model: a Denoiser, or any Extractor. picture: a Picture, or anything that `denoscope.read` takes.
-    preset: "semantic" (default), "geometric" or "temporal": the published settings of the model's family.
+    model: a Denoiser, an Encoder (of which it has the preset, site, size and resample), or any Extractor. picture: a Picture,
+        or anything that `denoscope.read` takes.
+    preset: "semantic" (default), "geometric" or "temporal": settings of the model's family, published where there are any;
+        "clean" for CleanDIFT checkpoints.
     t, site, ensemble, prompt, size: replace the preset's; see `resolve_size` for sizes. The prompt is empty by default.
-    noise: explicit draws (their number is the ensemble); "none" feeds the clean latents (CleanDIFT checkpoints); by default
-        draws named by (seed, picture content, t, member), the same on every machine and in every batch.
+    noise: explicit draws (their number is the ensemble); "none" feeds the clean latents at timestep t, the mode of the
+        autoencoder's posterior (CleanDIFT checkpoints, whose own code samples it: `Noise(None, draws)`); by default draws
+        named by (seed, picture content, t, member), the same on every machine and in every batch.
     chunk: ensemble members per forward pass; by default as many as fit.
     resample: filter of the resizing, see `Picture.resized`.
+    adaln, massive: what is done to the output of transformer blocks (DiT, PixArt, SD3, Flux), as DiTF does: modulated as the
+        layer that reads it does; and before that its massive channels set to zero ("zero"; "keep"; or channels, "154,1446").
+        Both by default; see `ditf`.
 
     A picture whose sides are no multiple of the network's stride yields ceil(side / stride) cells; nothing is cropped.
 
     Raises InputError for settings that the model cannot take and for features that are not finite.
     """
     settings = {"preset": preset, "t": t, "site": site, "ensemble": ensemble, "prompt": prompt, "size": size}
+    settings |= {"adaln": adaln, "massive": massive}
     return as_extractor(model, noise=noise, seed=seed, chunk=chunk, resample=resample, **settings)(read(picture))

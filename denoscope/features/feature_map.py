@@ -60,6 +60,14 @@ class FeatureMap:
         dots = torch.einsum("pc,chw->phw", vectors, self.values)
         return (rows @ dots @ columns.mT).mul_(inverse_norm)
 
+    def squared_distance(self, vectors: Float[Tensor, "points channels"]) -> Float[Tensor, "points height width"]:
+        """|v - f|^2 of each vector v and the interpolated feature f at every pixel, by the same identity as `similarity`."""
+        rows, columns, inverse_norm = self._interpolation
+        vectors = vectors.to(self.values)
+        lengths = torch.where(inverse_norm > 0, 1 / inverse_norm, 0)
+        dots = torch.einsum("pc,chw->phw", vectors, self.values)
+        return (rows @ dots @ columns.mT).mul_(-2).add_(lengths**2).add_((vectors**2).sum(1)[:, None, None])
+
     @cached_property
     def _interpolation(self) -> tuple[Tensor, Tensor, Tensor]:
         """Bilinear weights of pixel rows [H, h] and columns [W, w], and 1 / |interpolated feature| [H, W]."""
@@ -118,6 +126,11 @@ class FeatureMap:
             with safe_open(path, "pt") as file:
                 meta = file.metadata() or {}
                 frame, recipe = Frame.from_dict(json.loads(meta["frame"])), json.loads(meta["recipe"])
+                if "joined" in meta:
+                    from denoscope.features.fusing import Joined
+
+                    frames = [Frame.from_dict(one) for one in json.loads(meta["joined"])]
+                    return Joined.restored([file.get_tensor(f"part.{k}") for k in range(len(frames))], frames, recipe)
                 return cls(file.get_tensor("values"), frame, recipe)
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
             raise InputError(f"{path} does not hold features saved by denoscope ({error}).") from None

@@ -220,7 +220,8 @@ def _from_array(array: np.ndarray, what: str) -> Float[Tensor, "3 height width"]
     colour, alpha = (values[..., :3], values[..., 3:]) if values.shape[2] == 4 else (values, None)
     if alpha is not None:
         colour = colour * alpha + (1 - alpha)
-    return torch.from_numpy(np.ascontiguousarray(np.broadcast_to(colour, (*colour.shape[:2], 3)).transpose(2, 0, 1)))
+    planes = np.broadcast_to(colour, (*colour.shape[:2], 3)).transpose(2, 0, 1)
+    return torch.from_numpy(np.array(planes, order="C"))  # a copy: never the caller's memory
 
 
 def read_mask(

@@ -15,12 +15,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from denoscope.denoisers.protocol import Condition, Denoiser
+from denoscope.denoisers.protocol import Condition, Denoiser, Timed
 from denoscope.denoisers.schedule import Prediction
 from denoscope.errors import InputError
 from denoscope.images import Picture, read
 from denoscope.sampling.guidance import ClassifierFree, ClassifierGuidance
-from denoscope.sampling.solvers import Respaced, drawn, make_solver
+from denoscope.sampling.solvers import DiffusersSolver, Respaced, drawn, make_solver
 from denoscope.sites import Watch
 
 Prompts = Sequence[str] | Sequence[int] | None
@@ -136,6 +136,8 @@ def trajectory(
     first = drawn(torch.empty(n, *shape, device=device), generators, None if noise is None else noise[0])
     if noise is not None and tuple(noise.shape[1:]) != (n, *shape):
         raise InputError(f"The explicit noise is {list(noise.shape[1:])}; this run needs {[n, *shape]}.")
+    if isinstance(solver, str) and isinstance(taken, DiffusersSolver) and isinstance(denoiser, Timed):
+        taken.options = denoiser.timing(steps, shape)
     evaluations = taken.begin(steps, device, strength if known is not None else 1.0)
     total = evaluations[-1].position + 1
     guide = None if guidance is None else guidance.begin(total)
