@@ -230,3 +230,28 @@ def test_ctrl_c_leaves_nothing_half_done(tmp_path):
     assert process.returncode == 130, err
     assert b"Traceback" not in err
     assert not out.exists()
+
+
+def test_other_settings_of_the_features(run, photos, tmp_path):
+    fast = ["--model", PIPELINE, *QUICK, "--points", "5,5", "--out", tmp_path]
+    status, _, error = run("match", *photos[:2], *fast, "--feature", "noise=none", "--feature", "resample=linear")
+    assert status == 0, error
+    recipe = json.loads((tmp_path / "matches.json").read_text())["recipe"]
+    assert (recipe["noise"], recipe["resample"]) == ("none", "linear")
+    for wrong, message in (
+        ("colour=red", "known are noise"),
+        ("noise=loud", "takes none"),
+        ("adaln=yes", "transformer"),
+    ):
+        status, _, error = run("match", *photos[:2], *fast, "--feature", wrong)
+        assert status == 2
+        assert message in error
+
+
+def test_features_do_not_overwrite_their_pictures(run, photos):
+    before = photos[0].read_bytes()
+    assert photos[0].suffix == ".png"
+    status, _, error = run("features", photos[0], *QUICK, "--model", PIPELINE, "--out", photos[0].parent)
+    assert status == 2
+    assert "would be overwritten" in error
+    assert photos[0].read_bytes() == before

@@ -119,12 +119,12 @@ def test_a_diffusion_model_gives_every_site_of_the_pair(sd: ds.Denoiser) -> None
     assert torch.allclose(fine, torch.nn.functional.normalize(alone[1].values, dim=0), atol=1e-6)
 
 
-def test_a_prompt_goes_to_those_who_take_one(sd: ds.Denoiser, seedling: ds.Denoiser) -> None:
+def test_a_prompt_goes_to_those_who_take_one(sd: ds.Denoiser, adm: ds.Denoiser) -> None:
     from denoscope.features import as_extractor
     from denoscope.features.joint import takes_prompts
 
     told = as_extractor(sd, t=20, ensemble=1, size="64", site="up.1")
-    joint = Joint([told, as_extractor(seedling, ensemble=1, size="long48"), BASELINES["rgb"]()])
+    joint = Joint([told, as_extractor(adm, t=20, ensemble=1, size="64", site="out.4"), BASELINES["rgb"]()])
     picture = smooth_picture(5)
     assert takes_prompts(joint)
     assert not takes_prompts(Joint(joint.parts[1:]))

@@ -13,7 +13,7 @@ from typing import Any
 
 from denoscope.benchmarks.protocol import Benchmark, Item, Record, Row
 from denoscope.errors import DenoscopeError, InputError
-from denoscope.features import Dift, Extractor, FeatureMap, Joint
+from denoscope.features import Dift, Extractor, FeatureMap
 from denoscope.images import Picture, atomically, write
 
 _MEMORY = 1 << 30  # bytes of features kept in memory
@@ -27,8 +27,7 @@ class FeatureStore:
     """
 
     def __init__(self, extractor: Extractor, prompt: str | None = None, folder: Path | None = None):
-        self.extractor, self.prompt = extractor, prompt
-        self.folder = None if isinstance(extractor, Joint) else folder  # their files hold no parts to reduce
+        self.extractor, self.prompt, self.folder = extractor, prompt, folder
         self.settings = {**extractor.describe(), **({"prompt": prompt} if prompt is not None else {})}
         self._kept: OrderedDict[str, FeatureMap] = OrderedDict()
 
@@ -65,19 +64,6 @@ def _bytes(fm: FeatureMap) -> int:
 def fingerprint(values: Any) -> str:
     """16 hexadecimal digits that name JSON values."""
     return hashlib.blake2b(json.dumps(values, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
-
-
-def takes_prompts(extractor: Extractor) -> bool:
-    """Whether the extractor's model is told in words what a picture shows."""
-    if isinstance(extractor, Joint):
-        return any(takes_prompts(part) for part in extractor.parts)
-    if not isinstance(extractor, Dift):
-        return False
-    try:
-        extractor.denoiser.condition(["a photo"])
-    except InputError:
-        return False
-    return True
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,9 +9,10 @@ import numpy as np
 from PIL import Image
 
 from denoscope.benchmarks.protocol import Benchmark, Item
-from denoscope.benchmarks.running import Method, SiteStore, evaluate, takes_prompts
+from denoscope.benchmarks.running import Method, SiteStore, evaluate
 from denoscope.errors import InputError
 from denoscope.features import Dift
+from denoscope.features.joint import takes_prompts
 from denoscope.images.chart import chart
 
 

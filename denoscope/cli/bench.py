@@ -60,6 +60,9 @@ def bench(
     ensemble: options.Ensemble = None,
     size: options.Size = None,
     prompt: PromptTemplate = None,
+    join: options.Join = None,
+    pca: options.Pca = None,
+    feature: options.Feature = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
@@ -68,11 +71,16 @@ def bench(
     ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no features on disk.")] = False,
     pictures: Annotated[int, typer.Option(help="How many of the worst and of the best to draw.")] = 3,
+    results: Annotated[
+        Path | None,
+        typer.Option(help="Evaluate predictions that lie there in the official layout, and no model (davis)."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for tables, pictures, records and features.")] = Path("out/bench"),
 ) -> None:
     """Evaluate MODEL on a data set by its official protocol; a run that was stopped goes on where it was."""
-    from denoscope.benchmarks.running import FeatureStore, evaluate, methods, takes_prompts
+    from denoscope.benchmarks.running import FeatureStore, evaluate, methods
     from denoscope.features.baselines import BASELINES
+    from denoscope.features.joint import takes_prompts
 
     benchmark = make(name, data, settings)
     benchmark.items()  # a wrong folder is told before a model is loaded
@@ -83,8 +91,12 @@ def bench(
         "ensemble": ensemble,
         "size": size,
         "seed": seed,
+        "join": join,
+        "pca": pca,
+        "feature": feature,
     }
-    extractors = [options.load_extractor(one, device, dtype, **asked) for one in model or ["seedling"]]
+    chosen = model or ([] if results else ["seedling"])
+    extractors = [options.load_extractor(one, device, dtype, **asked) for one in chosen]
     options.folder(out)
     template = prompt if prompt is not None else getattr(benchmark, "prompt", None)
     folder = None if no_cache or (cache is None and benchmark.preset == "temporal") else cache or out / "features"
@@ -95,7 +107,8 @@ def bench(
         own = {"position": {"stride": 8}} if benchmark.preset == "temporal" else {}
         plain = [one(preset=benchmark.preset, **own.get(key, {})) for key, one in BASELINES.items() if key not in taken]
         stores += [FeatureStore(one) for one in plain]
-    report = evaluate(benchmark, methods(benchmark, stores, baselines), out, limit, pictures, tracked(name))
+    compared = [*(given_results(benchmark, results) if results else []), *methods(benchmark, stores, baselines)]
+    report = evaluate(benchmark, compared, out, limit, pictures, tracked(name))
     print_report(report)
     print(f"Tables: {out / (name + '.json')}, {out / (name + '.csv')}")
     if pictures:
@@ -114,6 +127,7 @@ def sweep(
     preset: options.Preset = None,
     size: options.Size = None,
     prompt: PromptTemplate = None,
+    feature: options.Feature = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
@@ -129,7 +143,7 @@ def sweep(
 
     benchmark = make(name, data, settings)
     benchmark.items()
-    asked = {"preset": preset or benchmark.preset, "size": size, "seed": seed}
+    asked = {"preset": preset or benchmark.preset, "size": size, "seed": seed, "feature": feature}
     extractor = options.load_extractor(model, device, dtype, **asked)
     if not isinstance(extractor, Dift):
         raise InputError(f"{model} has no timesteps to sweep over; compare its sites with 'denoscope bench --site'.")
@@ -157,6 +171,17 @@ def sweep(
     console.print(f"Best {min(10, len(best))} of {len(best)} by {benchmark.columns[0]}:", highlight=False)
     console.print(table)
     print(f"Heat map: {out / (name + '-sweep.png')}\nNumbers: {out / (name + '-sweep.json')}")
+
+
+def given_results(benchmark: Any, folder: Path) -> list[Any]:
+    """The method whose predictions are the files of a folder; a file that changes makes its records new."""
+    from denoscope.benchmarks.running import Method
+
+    if not hasattr(benchmark, "read_results"):
+        raise InputError(f"--results is for davis; {benchmark.name} has no official layout of predictions.")
+    run = benchmark.read_results(folder)
+    changed = max((path.stat().st_mtime_ns for path in folder.rglob("*.png")), default=0)
+    return [Method(folder.name, run, {"results": str(folder.resolve()), "changed": changed})]
 
 
 def make(name: str, data: Path, settings: Sequence[str] | None) -> Any:

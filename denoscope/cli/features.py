@@ -24,6 +24,7 @@ def features(
     size: options.Size = None,
     prompt: options.Prompt = None,
     join: options.Join = None,
+    feature: options.Feature = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
@@ -40,11 +41,20 @@ def features(
             raise InputError(f"{path} holds no images.")
         files += inside
     names = _names(files)
+    options.folder(out)
+    for name in names:
+        if any(
+            (out / f"{name}.png").samefile(file) for file in files if (out / f"{name}.png").exists() and file.exists()
+        ):
+            raise InputError(
+                f"{out / name}.png would be overwritten by its features' picture; name another folder for --out."
+            )
     asked = {"preset": preset, "t": t, "site": site, "ensemble": ensemble, "size": size, "prompt": prompt, "seed": seed}
-    extract = options.load_extractor(model, device, dtype, join, **asked)  # a wrong setting is one error, not many
+    extract = options.load_extractor(
+        model, device, dtype, join, feature=feature, **asked
+    )  # a wrong setting is one error, not many
     settings = json.loads(json.dumps(extract.describe()))
     console, failed, last = Console(), [], None
-    options.folder(out)
     for file, name in track(list(zip(files, names, strict=True)), "Features", disable=not console.is_terminal):
         target = out / f"{name}.safetensors"
         try:

@@ -32,6 +32,7 @@ def match(
     prompt: options.Prompt = None,
     join: options.Join = None,
     pca: options.Pca = None,
+    feature: options.Feature = None,
     soft: Annotated[float, typer.Option(help="Soft-argmax window in feature cells; 0 takes the best pixel.")] = 0.0,
     mutual: Annotated[
         bool, typer.Option("--mutual", help="Also match back and print the distance from the start.")
@@ -77,6 +78,7 @@ def match(
         "seed": seed,
         "join": join,
         "pca": pca,
+        "feature": feature,
     }
     if geometry:
         sparse = {"--points": points, "--mask": mask, "--soft": soft, "--mutual": mutual, "--heat": heat}

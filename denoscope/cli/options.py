@@ -37,19 +37,53 @@ Pca = Annotated[
     int | None,
     typer.Option("--pca", metavar="N", help="Reduce each model to N components, of both pictures of a pair together."),
 ]
+Feature = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--feature",
+        metavar="NAME=VALUE",
+        help="Another setting of the features: noise=none (clean latents), adaln=no and massive=keep (transformers as they "
+        "are), resample=linear; again for more.",
+    ),
+]
 Prompt = Annotated[str | None, typer.Option(help="What the picture shows, e.g. 'a photo of a cat'.")]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default what suits the device.")]
 
+# what --feature takes; massive also takes channel numbers
+FEATURE_VALUES: dict[str, tuple[str, ...]] = {
+    "noise": ("none",), "adaln": ("yes", "no"), "massive": (), "resample": ("bicubic", "linear"),
+}  # fmt: skip
+
 
 def load_extractor(
-    model: str, device: str, dtype: str | None, join: list[str] | None = None, pca: int | None = None, **settings: Any
+    model: str,
+    device: str,
+    dtype: str | None,
+    join: list[str] | None = None,
+    pca: int | None = None,
+    feature: list[str] | None = None,
+    **settings: Any,
 ) -> Any:
     """The models behind --model and --join with the settings of `features`, ready to be called with pictures."""
     from denoscope.features import load_extractor
 
-    return load_extractor(model, device, dtype, join=join or (), pca=pca, **settings)
+    return load_extractor(model, device, dtype, join=join or (), pca=pca, **settings, **feature_settings(feature))
+
+
+def feature_settings(given: list[str] | None) -> dict[str, Any]:
+    """What --feature says, as arguments of `features`."""
+    found: dict[str, Any] = {}
+    for text in given or []:
+        name, _, value = text.partition("=")
+        if name not in FEATURE_VALUES:
+            raise InputError(f"--feature {text}: there is no setting {name!r}; known are {', '.join(FEATURE_VALUES)}.")
+        known = FEATURE_VALUES[name]
+        if known and value not in known:
+            raise InputError(f"--feature {name} takes {' or '.join(known)}, not {value!r}.")
+        found[name] = value == "yes" if name == "adaln" else value
+    return found
 
 
 def parse_points(text: str) -> list[tuple[float, float]]:

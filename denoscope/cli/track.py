@@ -41,6 +41,7 @@ def track(
     size: options.Size = None,
     prompt: options.Prompt = None,
     join: options.Join = None,
+    feature: options.Feature = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
@@ -69,7 +70,9 @@ def track(
             first_labels(kind, given, frames.size)
     options.folder(out)
     settings = {"preset": preset or "temporal", "t": t, "site": site, "ensemble": ensemble, "size": size}
-    extract = options.load_extractor(model, device, dtype, **settings, prompt=prompt, seed=seed, join=join)
+    extract = options.load_extractor(
+        model, device, dtype, **settings, prompt=prompt, seed=seed, join=join, feature=feature
+    )
     own = {"context": context, "radius": radius, "topk": topk, "temperature": temperature}
     tracked = ds.track(extract, frames, **labels, **own)
 

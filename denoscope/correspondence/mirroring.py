@@ -22,7 +22,7 @@ from denoscope.features import FeatureMap, paired
 from denoscope.images import Picture
 
 RegionLike = Tensor | np.ndarray | Sequence[Any]  # a mask [height, width], or a box (x1, y1, x2, y2)
-_CELLS_AT_ONCE = 2048
+_PRODUCTS_AT_ONCE = 1 << 22  # 16 MiB, which stay in the cache
 
 
 def mirror(picture: Picture) -> Picture:
@@ -58,10 +58,11 @@ def instance_distance(source: FeatureMap, target: FeatureMap, region: RegionLike
     a = torch.nn.functional.normalize(chosen.float(), dim=1)
     b = torch.nn.functional.normalize(target.values.to(a.device).float(), dim=0).flatten(1)
     # |a - b|^2 = 2 - 2 a.b for unit vectors; a vector of no length is at distance 1 from all others, as |0 - b|
-    lengths = (a != 0).any(1).float()[:, None] + (b != 0).any(0).float()
+    own, other = (a != 0).any(1).float(), (b != 0).any(0).float()
+    rows = max(1, _PRODUCTS_AT_ONCE // b.shape[1])
     nearest = [
-        (length - 2 * some @ b).amin(1).clamp_min(0).sqrt()
-        for some, length in zip(a.split(_CELLS_AT_ONCE), lengths.split(_CELLS_AT_ONCE), strict=True)
+        (length[:, None] + other - 2 * some @ b).amin(1).clamp_min(0).sqrt()
+        for some, length in zip(a.split(rows), own.split(rows), strict=True)
     ]
     return torch.cat(nearest).mean().item()
 

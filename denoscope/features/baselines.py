@@ -111,7 +111,7 @@ class Baseline:
         size, stride = _PRESETS[self.preset or "semantic"]
         if self.name == "position" and self.stride is None:
             return None, None
-        return self.size or size, self.stride or stride
+        return size if self.size is None else self.size, self.stride or stride
 
     def __call__(self, picture: Picture, prompt: str | int | None = None) -> FeatureMap:
         """Features of a picture; there is no use for a prompt."""
