@@ -1,6 +1,7 @@
 """Shared fixtures: recorded models, synthetic pictures."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import denoscope as ds
+from denoscope.cli.main import main
 from denoscope.denoisers.adm import ADMConfig, ADMDenoiser
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -53,3 +55,21 @@ def smooth_picture(seed: int, width: int = 72, height: int = 56) -> ds.Picture:
     image = np.stack(planes, -1)
     image = (image - image.min()) / (image.max() - image.min())
     return ds.read((image * 255).round().astype(np.uint8))
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Run the command in this process: (exit status, stdout, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["denoscope", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        status = 0
+        try:
+            main()
+        except SystemExit as stopped:
+            status = stopped.code or 0
+        out = capsys.readouterr()
+        return status, out.out, out.err
+
+    return call

@@ -12,31 +12,12 @@ from conftest import GOLDEN, smooth_picture
 from PIL import Image
 
 import denoscope as ds
-from denoscope.cli.main import main
 from denoscope.cli.options import parse_points
 
 PIPELINE = str(GOLDEN / "dift-sd" / "pipeline")
 QUICK = ["--size", "64", "--ensemble", "1"]
 BAD = {"j.csv": "row,col\n1,2\n", "k.csv": "1,2,3\n", "l.json": '["12", "10"]', "m.json": "[[true, 1]]"}
 COMMAND = [sys.executable, "-c", "from denoscope.cli.main import main; main()"]
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    """Run the command in this process: (exit status, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["denoscope", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        status = 0
-        try:
-            main()
-        except SystemExit as stopped:
-            status = stopped.code or 0
-        out = capsys.readouterr()
-        return status, out.out, out.err
-
-    return call
 
 
 @pytest.fixture

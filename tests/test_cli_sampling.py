@@ -13,7 +13,6 @@ from PIL import Image
 
 import denoscope as ds
 from denoscope.cli.guidance import placement
-from denoscope.cli.main import main
 from denoscope.denoisers.classifiers import ADMClassifier, ADMClassifierConfig, Classifier, save_classifier
 
 QUICK = ["--size", "16", "--steps", "4"]
@@ -23,24 +22,11 @@ TINY = ADMClassifierConfig(
 )  # fmt: skip
 
 
-@pytest.fixture
-def run(capsys, monkeypatch, seedling):
-    """Run the command in this process, the embedded model being loaded once: (exit status, stdout, stderr)."""
+@pytest.fixture(autouse=True)
+def loaded_once(monkeypatch, seedling):
+    """The embedded model is loaded once for all tests."""
     load = ds.load
     monkeypatch.setattr("denoscope.denoisers.load", lambda m, *rest: seedling if m == "seedling" else load(m, *rest))
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["denoscope", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        status = 0
-        try:
-            main()
-        except SystemExit as stopped:
-            status = stopped.code or 0
-        out = capsys.readouterr()
-        return status, out.out, out.err
-
-    return call
 
 
 @pytest.fixture(scope="session")

@@ -1,35 +1,15 @@
 """`denoscope track` as a user meets it."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from denoscope.cli.main import main
 from denoscope.correspondence.labels import read_mask_labels, write_mask
 from denoscope.images.video import Frames, video_writer
 
 QUICK = ["--model", "rgb", "--size", "32x24", "--overlay", "none"]
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    """Run the command in this process: (exit status, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["denoscope", "track", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        status = 0
-        try:
-            main()
-        except SystemExit as stopped:
-            status = stopped.code or 0
-        out = capsys.readouterr()
-        return status, out.out, out.err
-
-    return call
 
 
 @pytest.fixture
@@ -48,7 +28,7 @@ def video(tmp_path):
 
 def test_masks_numbers_and_video_are_written(run, video, tmp_path):
     out = tmp_path / "out"
-    status, text, _ = run(video, "--mask", tmp_path / "first.png", *QUICK[:-2], "--out", out)
+    status, text, _ = run("track", video, "--mask", tmp_path / "first.png", *QUICK[:-2], "--out", out)
     assert status == 0
     assert sorted(p.name for p in out.iterdir()) == ["masks", "overlay.mp4", "tracks.json"]
     assert sorted(p.name for p in (out / "masks").iterdir()) == [f"{i:05d}.png" for i in range(5)]
@@ -69,7 +49,7 @@ def test_points_of_a_video_file_into_a_gif(run, video, tmp_path):
         for picture in Frames(video):
             add(picture.image())
     options = ["--model", "rgb", "--size", "32x24", "--overlay", "gif", "--context", 2, "--topk", 3]
-    status, text, _ = run(tmp_path / "v.avi", "--points", "10,14;20,25", *options, "--out", tmp_path / "out")
+    status, text, _ = run("track", tmp_path / "v.avi", "--points", "10,14;20,25", *options, "--out", tmp_path / "out")
     assert status == 0
     frames = Frames(tmp_path / "out" / "overlay.gif")
     assert (len(frames), frames.rate) == (5, 10)
@@ -83,18 +63,18 @@ def test_points_of_a_video_file_into_a_gif(run, video, tmp_path):
 
 def test_a_second_run_leaves_nothing_of_the_first(run, video, tmp_path):
     out, box = tmp_path / "out", ["--boxes", "8,12,23,27"]
-    assert run(video, *box, *QUICK[:-2], "--out", out)[0] == 0
+    assert run("track", video, *box, *QUICK[:-2], "--out", out)[0] == 0
     (out / "masks" / "mine.png").write_bytes(b"kept")
     for old in sorted(video.iterdir())[3:]:
         old.unlink()
-    assert run(video, *box, *QUICK, "--out", out)[0] == 0
+    assert run("track", video, *box, *QUICK, "--out", out)[0] == 0
     assert sorted(p.name for p in (out / "masks").iterdir()) == ["00000.png", "00001.png", "00002.png", "mine.png"]
     assert sorted(p.name for p in out.iterdir()) == ["masks", "tracks.json"]
 
 
 def test_a_run_that_fails_has_no_numbers(run, video, tmp_path):
     (video / "00003.png").write_bytes((video / "00003.png").read_bytes()[:-40])
-    status, _, error = run(video, "--boxes", "8,12,23,27", *QUICK[:-2], "--out", tmp_path / "out")
+    status, _, error = run("track", video, "--boxes", "8,12,23,27", *QUICK[:-2], "--out", tmp_path / "out")
     assert status == 2
     assert "00003.png is truncated" in error
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["masks"]
@@ -128,7 +108,7 @@ def test_mistakes_are_one_sentence(run, video, tmp_path, monkeypatch, arguments,
     Image.fromarray(np.zeros((48, 64), np.uint8)).save("empty.png")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)).save("photo.png")
     (tmp_path / "notes.txt").write_text("words")
-    status, _, error = run("--model", "rgb", "--size", "32x24", *arguments)
+    status, _, error = run("track", "--model", "rgb", "--size", "32x24", *arguments)
     assert status == 2
     assert sentence in error
     assert error.count("\n") == 1

@@ -1,6 +1,5 @@
 """Edit propagation: what was painted on one picture, carried to others (DIFT, arXiv 2306.03881, section 5.1)."""
 
-import io
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from denoscope.correspondence.keypoints import check_convention
 from denoscope.correspondence.matching import TIE, comparable
 from denoscope.errors import InputError
 from denoscope.features import FeatureMap, as_extractor
-from denoscope.images import Picture, Points, atomically, read
+from denoscope.images import Picture, Points, read, save_result
 from denoscope.images.geometry import warp
 from denoscope.images.picture import _existing, _opened
 
@@ -70,25 +69,14 @@ class Propagated:
 
     def save(self, path: str | Path) -> Path:
         """Write by suffix: .json (numbers), .npz (arrays) or an image (the composite)."""
-        path, out = Path(path), io.BytesIO()
-        match path.suffix.lower():
-            case ".json":
-                out.write((json.dumps(self.to_dict(), indent=2) + "\n").encode())
-            case ".npz":
-                arrays: dict[str, Any] = {
-                    "source_points": self.source_points.numpy(),
-                    "points": self.points.numpy(),
-                    "inliers": self.inliers.numpy(),
-                    **({} if self.matrix is None else {"matrix": self.matrix}),
-                }
-                np.savez(out, **arrays, recipe=json.dumps(self.recipe))
-            case ".png" | ".jpg" | ".jpeg" | ".webp":
-                self.image.save(out, {".jpg": "jpeg"}.get(path.suffix.lower(), path.suffix[1:]))
-            case other:
-                raise InputError(
-                    f"Propagated edits are saved as .png, .jpg, .webp, .json or .npz, not {other or 'without suffix'}."
-                )
-        return atomically(path, lambda beside: beside.write_bytes(out.getvalue()))
+        arrays = {
+            "source_points": self.source_points,
+            "points": self.points,
+            "inliers": self.inliers,
+            **({} if self.matrix is None else {"matrix": self.matrix}),
+            "recipe": json.dumps(self.recipe),
+        }
+        return save_result(path, "Propagated edits", self.to_dict, lambda: arrays, lambda: self.image)
 
 
 def read_edit(edit: str | Path | Image.Image | np.ndarray, size: tuple[int, int]) -> Rgba:

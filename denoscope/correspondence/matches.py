@@ -1,20 +1,17 @@
 """`Matches`: the result of point transfer."""
 
-import csv
-import io
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
 from denoscope.errors import InputError
 from denoscope.features import FeatureMap
-from denoscope.images import Points, atomically
+from denoscope.images import Points, save_result
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,28 +69,12 @@ class Matches:
 
     def save(self, path: str | Path) -> Path:
         """Write by suffix: .json (everything), .csv (one row per match), .npz (arrays) or an image."""
-        path = Path(path)
-        out = io.BytesIO()
-        match path.suffix.lower():
-            case ".json":
-                out.write((json.dumps(self.to_dict(), indent=2) + "\n").encode())
-            case ".csv":
-                text, rows = io.StringIO(newline=""), self.rows()
-                writer = csv.DictWriter(text, rows[0])
-                writer.writeheader()
-                writer.writerows(rows)
-                out.write(text.getvalue().encode())
-            case ".npz":
-                arrays: dict[str, Any] = {
-                    "source_points": self.source_points,
-                    "points": self.points,
-                    "scores": self.scores,
-                }
-                np.savez(out, **{key: value.numpy() for key, value in arrays.items()}, recipe=json.dumps(self.recipe))
-            case ".png" | ".jpg" | ".jpeg" | ".webp":
-                self.draw().save(out, {".jpg": "jpeg"}.get(path.suffix.lower(), path.suffix[1:]))
-            case other:
-                raise InputError(
-                    f"Matches are saved as .json, .csv, .npz, .png, .jpg or .webp, not {other or 'without suffix'}."
-                )
-        return atomically(path, lambda beside: beside.write_bytes(out.getvalue()))
+        arrays = {"source_points": self.source_points, "points": self.points, "scores": self.scores}
+        return save_result(
+            path,
+            "Matches",
+            self.to_dict,
+            lambda: {**arrays, "recipe": json.dumps(self.recipe)},
+            self.draw,
+            lambda: (list(self.rows()[0]), self.rows()),
+        )

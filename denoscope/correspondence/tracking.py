@@ -4,8 +4,6 @@ Label propagation (see `propagation`) on the features of every frame, which are 
 later frame needs them: memory does not grow with the length of the video.
 """
 
-import csv
-import io
 import json
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,7 +32,7 @@ from denoscope.denoisers.protocol import Denoiser
 from denoscope.encoders.protocol import Encoder
 from denoscope.errors import InputError
 from denoscope.features import Extractor, FeatureMap, as_extractor
-from denoscope.images import Frame, Picture, Points, PointsLike, atomically
+from denoscope.images import Frame, Picture, Points, PointsLike, save_result
 from denoscope.images.video import Frames
 
 Mask = UInt8[np.ndarray, "height width"]
@@ -296,23 +294,9 @@ class Tracks:
 
     def save(self, path: str | Path) -> Path:
         """Write by suffix: .json (everything), .csv (a row per frame and object), .npz (arrays) or an image of the paths."""
-        path, out = Path(path), io.BytesIO()
-        match path.suffix.lower():
-            case ".json":
-                out.write((json.dumps(self.to_dict(), indent=1) + "\n").encode())
-            case ".csv":
-                text, rows = io.StringIO(newline=""), self.rows()
-                writer = csv.DictWriter(text, rows[0])
-                writer.writeheader()
-                writer.writerows(rows)
-                out.write(text.getvalue().encode())
-            case ".npz":
-                scores = np.array([[row["score"] for row in one["objects"]] for one in self.frames])
-                np.savez(out, points=self.points.numpy(), scores=scores, recipe=json.dumps(self.recipe))
-            case ".png" | ".jpg" | ".jpeg" | ".webp":
-                self.draw().save(out, {".jpg": "jpeg"}.get(path.suffix.lower(), path.suffix[1:]))
-            case other:
-                raise InputError(
-                    f"Tracks are saved as .json, .csv, .npz, .png, .jpg or .webp, not {other or 'without suffix'}."
-                )
-        return atomically(path, lambda beside: beside.write_bytes(out.getvalue()))
+
+        def arrays() -> dict[str, Any]:
+            scores = [[row["score"] for row in one["objects"]] for one in self.frames]
+            return {"points": self.points, "scores": scores, "recipe": json.dumps(self.recipe)}
+
+        return save_result(path, "Tracks", self.to_dict, arrays, self.draw, lambda: (list(self.rows()[0]), self.rows()))

@@ -1,7 +1,5 @@
 """`GeometricMatches`: matches between two pictures of one scene, and the matrix that they agree with."""
 
-import csv
-import io
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from denoscope.errors import InputError
-from denoscope.images import Picture, Points, atomically
+from denoscope.images import Picture, Points, save_result
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,31 +98,21 @@ class GeometricMatches:
 
     def save(self, path: str | Path) -> Path:
         """Write by suffix: .json (everything), .csv (one row per match), .npz (arrays) or an image of `draw`."""
-        path, out = Path(path), io.BytesIO()
-        match path.suffix.lower():
-            case ".json":
-                out.write((json.dumps(self.to_dict(), indent=2) + "\n").encode())
-            case ".csv":
-                text = io.StringIO(newline="")
-                writer = csv.DictWriter(text, ["index", "ax", "ay", "bx", "by", "score", "inlier"])
-                writer.writeheader()
-                writer.writerows(self.rows())
-                out.write(text.getvalue().encode())
-            case ".npz":
-                tensors = {
-                    "points_a": self.points_a,
-                    "points_b": self.points_b,
-                    "scores": self.scores,
-                    "inliers": self.inliers,
-                }
-                arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
-                given = {"matrix": self.matrix, "rotation": self.rotation, "translation": self.translation}
-                arrays |= {name: array for name, array in given.items() if array is not None}
-                np.savez(out, **arrays, recipe=json.dumps(self.recipe))
-            case ".png" | ".jpg" | ".jpeg" | ".webp":
-                self.draw().save(out, {".jpg": "jpeg"}.get(path.suffix.lower(), path.suffix[1:]))
-            case other:
-                raise InputError(
-                    f"Matches are saved as .json, .csv, .npz, .png, .jpg or .webp, not {other or 'without suffix'}."
-                )
-        return atomically(path, lambda beside: beside.write_bytes(out.getvalue()))
+        arrays = {
+            "points_a": self.points_a,
+            "points_b": self.points_b,
+            "scores": self.scores,
+            "inliers": self.inliers,
+            "matrix": self.matrix,
+            "rotation": self.rotation,
+            "translation": self.translation,
+            "recipe": json.dumps(self.recipe),
+        }
+        return save_result(
+            path,
+            "Matches",
+            self.to_dict,
+            lambda: {name: values for name, values in arrays.items() if values is not None},
+            self.draw,
+            lambda: (["index", "ax", "ay", "bx", "by", "score", "inlier"], self.rows()),
+        )

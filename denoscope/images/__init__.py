@@ -2,7 +2,7 @@
 
 from denoscope.images.frame import Frame, Points, PointsLike, as_points, grid_points
 from denoscope.images.picture import Clip, Picture, read, read_clip, read_mask
-from denoscope.images.writing import atomically, write
+from denoscope.images.writing import atomically, save_result, write
 
 __all__ = [
     "Clip",
@@ -16,5 +16,6 @@ __all__ = [
     "read",
     "read_clip",
     "read_mask",
+    "save_result",
     "write",
 ]

@@ -1,10 +1,15 @@
 """Writing pictures, clips and text: beside, then renamed, so that there is never half a file."""
 
+import csv
+import io
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
+import numpy as np
 from PIL import Image
 
 from denoscope.errors import InputError
@@ -22,6 +27,39 @@ def atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
     finally:
         beside.unlink(missing_ok=True)
     return path
+
+
+def save_result(
+    path: str | Path,
+    what: str,
+    document: Callable[[], Mapping[str, Any]],
+    arrays: Callable[[], Mapping[str, Any]],
+    image: Callable[[], Image.Image],
+    rows: Callable[[], tuple[Sequence[str], Sequence[Mapping[str, Any]]]] | None = None,
+) -> Path:
+    """Write a result by suffix: .json (`document`), .npz (`arrays`), an image, or .csv (`rows`: columns and lines).
+
+    what: the plural of its name, for the InputError about other suffixes.
+    """
+    path, out = Path(path), io.BytesIO()
+    suffix = path.suffix.lower()
+    if suffix == ".json":
+        out.write((json.dumps(document(), indent=2) + "\n").encode())
+    elif suffix == ".csv" and rows is not None:
+        text, (columns, lines) = io.StringIO(newline=""), rows()
+        writer = csv.DictWriter(text, columns)
+        writer.writeheader()
+        writer.writerows(lines)
+        out.write(text.getvalue().encode())
+    elif suffix == ".npz":
+        found: dict[str, Any] = {name: np.asarray(values) for name, values in arrays().items()}
+        np.savez(out, **found)
+    elif suffix in (".png", ".jpg", ".jpeg", ".webp"):
+        image().save(out, {".jpg": "jpeg"}.get(suffix, suffix[1:]))
+    else:
+        known = ".json, .npz, .png, .jpg or .webp" if rows is None else ".json, .csv, .npz, .png, .jpg or .webp"
+        raise InputError(f"{what} are saved as {known}, not {suffix or 'without suffix'}.")
+    return atomically(path, lambda beside: beside.write_bytes(out.getvalue()))
 
 
 def write(what: Picture | Clip | Image.Image, path: str | Path) -> Path:
