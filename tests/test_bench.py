@@ -3,6 +3,7 @@
 import io
 import json
 
+import diffusers
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +24,7 @@ from denoscope.benchmarks.running import FeatureStore, Method, evaluate, methods
 from denoscope.benchmarks.semantic import Semantic
 from denoscope.benchmarks.spair import SPair
 from denoscope.cli.main import app
+from denoscope.denoisers.unet import UNetDenoiser
 from denoscope.errors import InputError, MissingError
 from denoscope.features import Joint
 from denoscope.features.baselines import BASELINES
@@ -372,3 +374,19 @@ def test_joint_features_keep_their_parts_on_disk(tmp_path):
     assert benchmark.run(item, FeatureStore(joint, folder=tmp_path)) == made
     source, target = (joint(benchmark.picture(name)) for name in (item.data.source, item.data.target))
     assert made["points"] == ds.transfer(source, target, item.data.source_points).points.tolist()
+
+
+def test_features_of_a_model_that_was_trained_on_are_made_again(tmp_path):
+    unet = diffusers.UNet2DModel(sample_size=16, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
+                                 down_block_types=["DownBlock2D"] * 2, up_block_types=["UpBlock2D"] * 2)  # fmt: skip
+    model = UNetDenoiser(unet.eval(), ds.NoiseSchedule.from_betas(np.linspace(1e-4, 0.02, 1000)))
+    picture, settings = smooth_picture(1, 32, 32), {"t": 10, "site": "up.0", "ensemble": 1, "size": 0}
+
+    def made():
+        FeatureStore(ds.as_extractor(model, **settings), folder=tmp_path)(picture)
+        return len(list(tmp_path.iterdir()))
+
+    assert made() == made() == 1
+    with torch.no_grad():
+        unet.conv_in.weight.add_(1e-3)
+    assert made() == 2

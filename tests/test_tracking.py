@@ -1,6 +1,8 @@
 """Label propagation against the dense formula and the recordings; labels in and out; tracking what moves."""
 
 import json
+import subprocess
+import sys
 import weakref
 
 import numpy as np
@@ -455,3 +457,21 @@ def test_only_masks_are_saved_as_masks(colours, tmp_path):
         by_box.save(tmp_path / "a.jpg")
     with pytest.raises(ds.InputError, match="no mask"):
         by_point.save(tmp_path / "b.png")
+
+
+def test_memory_at_480p():
+    """60 x 104 cells, 29 context frames: the dense formula would hold 4.5 GB three times over (channels only cost time)."""
+    program = """
+import resource, torch
+from denoscope.correspondence.propagation import _step
+torch.set_num_threads(1)
+frame = torch.nn.functional.normalize(torch.randn(60, 104, 64), dim=2).permute(2, 0, 1)
+first = torch.nn.functional.one_hot(torch.randint(2, (60, 104))).permute(2, 0, 1).float()
+unit = frame.permute(1, 2, 0).contiguous()
+sources, labels = [unit.clone() for _ in range(29)], torch.stack([first] * 29)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+_step(unit, sources, labels, 15, 15, 0.2, 8)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(found.stdout) / 1024 < 200  # MiB; the requirement is 1.5 GB

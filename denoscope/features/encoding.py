@@ -13,6 +13,7 @@ from denoscope.features.dift import Size, resolve_size
 from denoscope.features.feature_map import FeatureMap
 from denoscope.features.fusing import concatenate
 from denoscope.features.presets import NAMES
+from denoscope.features.weights import weights_digest
 from denoscope.images import Frame, Picture
 from denoscope.images.picture import Resample
 from denoscope.sites import Watch
@@ -76,7 +77,8 @@ class EncoderFeatures:
 
     def describe(self) -> dict[str, Any]:
         dtype = str(self.encoder.dtype).removeprefix("torch.")
-        return {"model": self.name, "dtype": dtype, **asdict(self.recipe)}
+        weights = weights_digest(self.encoder.network)
+        return {"model": self.name, "weights": weights, "dtype": dtype, **asdict(self.recipe)}
 
     def __call__(self, picture: Picture, prompt: str | int | None = None) -> FeatureMap:
         return self.at([self.recipe.site], picture)[self.recipe.site]

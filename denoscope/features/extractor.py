@@ -11,6 +11,7 @@ from denoscope.errors import InputError
 from denoscope.features.dift import Recipe, Size, feature_maps, recipe
 from denoscope.features.encoding import EncoderFeatures, encoder_recipe
 from denoscope.features.feature_map import FeatureMap
+from denoscope.features.weights import weights_digest
 from denoscope.images import Picture, read
 from denoscope.images.picture import Resample
 
@@ -48,7 +49,8 @@ class Dift:
     def describe(self) -> dict[str, Any]:
         dtype = str(self.denoiser.dtype).removeprefix("torch.")
         noise = "given" if isinstance(self.noise, Noise) else self.noise or self.recipe.noise
-        return {"model": self.name, "dtype": dtype, **asdict(self.recipe), "seed": self.seed, "noise": noise}
+        own = {"model": self.name, "weights": weights_digest(self.denoiser.network), "dtype": dtype}
+        return {**own, **asdict(self.recipe), "seed": self.seed, "noise": noise}
 
     def __call__(self, picture: Picture, prompt: str | int | None = None) -> FeatureMap:
         return self.at([self.recipe.site], picture, prompt)[self.recipe.site]
