@@ -78,12 +78,12 @@ def test_tracking_and_baselines_fill_the_protocol(davis, tmp_path):
     record = json.loads(json.dumps(tracked.run(item, features)))
     assert len(record["J"]) == len(record["objects"]) == 2
     assert all(len(values) == len(item.data.frames) - 2 for values in record["J"] + record["F"])
-    written = sorted(path.name for path in (tmp_path / "swan").iterdir())
+    written = sorted(path.name for path in (tmp_path / "features" / "swan").iterdir())
     assert written == [truth.name for truth in item.data.truths]
-    with Image.open(tmp_path / "swan" / written[0]) as first:
+    with Image.open(tmp_path / "features" / "swan" / written[0]) as first:
         assert first.mode == "P"
         assert np.array_equal(np.array(first), read_annotation(item.data.truths[0]))
-    again = davis.read_results(tmp_path)(item)
+    again = davis.read_results(tmp_path / "features")(item)
     assert (again["J"], again["F"]) == (record["J"], record["F"])
     for baseline in davis.baselines().values():
         found = json.loads(json.dumps(baseline(item)))

@@ -95,7 +95,8 @@ class DAVIS:
     """The sequences of ImageSets/2017/SPLIT.txt, in a root with JPEGImages and Annotations.
 
     sequences: only these. context, radius: of the propagation; topk, temperature: 0 takes the model's own
-    (`propagation_settings`). results: a folder to write the predicted masks into, in the official layout.
+    (`propagation_settings`). results: a folder to write the predicted masks into, in the official layout,
+    one folder for each method.
     """
 
     root: Path
@@ -120,6 +121,14 @@ class DAVIS:
         for needed in (listed, *(self.root / part / self.resolution for part in ("JPEGImages", "Annotations"))):
             if not needed.exists():
                 hint = " (did you mean the folder DAVIS in it?)" if (self.root / "DAVIS").is_dir() else ""
+                up = next((up for up in self.root.resolve().parents[:3] if (up / "ImageSets").is_dir()), None)
+                hint = (
+                    f" (did you mean {up}?)"
+                    if up
+                    else hint
+                    if self.root.is_dir()
+                    else f" ({self.root} itself is missing)"
+                )
                 raise MissingError(f"{self.root} is not in the DAVIS-2017 layout: there is no {needed}{hint}.")
         names = [line.strip() for line in listed.read_text().splitlines() if line.strip()]
         if unknown := [name for name in self.sequences if name not in names]:
@@ -140,16 +149,17 @@ class DAVIS:
         settings = propagation_settings(getattr(features, "extractor", None))
         settings |= {"context": self.context, "radius": self.radius}
         settings |= {key: getattr(self, key) for key in ("topk", "temperature") if getattr(self, key)}
-        return self._measured(item, propagated_masks(item.data, features, settings))
+        name = getattr(getattr(features, "extractor", None), "name", "features")
+        return self._measured(item, propagated_masks(item.data, features, settings), Path(name).name)
 
     def copied(self, item: Item) -> Record:
         """Baseline: the first mask, everywhere."""
         first = read_annotation(item.data.truths[0])
-        return self._measured(item, (first for _ in item.data.frames))
+        return self._measured(item, (first for _ in item.data.frames), "first_mask")
 
     def flowed(self, item: Item) -> Record:
         """Baseline: the first mask, moved from frame to frame by dense optical flow."""
-        return self._measured(item, flowed_masks(item.data))
+        return self._measured(item, flowed_masks(item.data), "optical_flow")
 
     def read_results(self, folder: str | Path) -> Callable[[Item], Record]:
         """A function that measures masks written before: FOLDER/SEQUENCE/FRAME.png, indexed.
@@ -167,8 +177,11 @@ class DAVIS:
 
         return measured
 
-    def _measured(self, item: Item, masks: Iterable[Mask]) -> Record:
-        """J and F of every object and frame but the first and the last, and a few masks for pictures."""
+    def _measured(self, item: Item, masks: Iterable[Mask], method: str | None = None) -> Record:
+        """J and F of every object and frame but the first and the last, and a few masks for pictures.
+
+        method: whose masks they are, for the folder of results; None for those that are there already.
+        """
         video: Video = item.data
         first = read_annotation(video.truths[0])
         objects = list(range(1, int(first.max()) + 1))
@@ -178,8 +191,8 @@ class DAVIS:
         found: dict[str, list[list[float]]] = {"J": [[] for _ in objects], "F": [[] for _ in objects]}
         shown = {}
         for index, (frame, truth_path, mask) in enumerate(zip(video.frames, video.truths, masks, strict=True)):
-            if self.results:
-                write_mask(mask, Path(self.results) / item.key / f"{frame.stem}.png")
+            if self.results and method:
+                write_mask(mask, Path(self.results) / method / item.key / f"{frame.stem}.png")
             if index in (last // 2, last):
                 shown[frame.stem] = _packed(mask)
             if index in (0, last):

@@ -47,7 +47,9 @@ class Keypoints(Semantic):
         except ImportError:
             raise MissingError("Reading parquet files needs pyarrow; pip install 'denoscope[bench]'.") from None
         if not self.root.is_file():
-            raise MissingError(f"There is no parquet file {self.root}.")
+            inside = ", ".join(path.name for path in sorted(self.root.glob("*.parquet"))) if self.root.is_dir() else ""
+            hint = f"; the folder holds {inside}" if inside else ""
+            raise MissingError(f"There is no parquet file {self.root}{hint}.")
         try:
             rows = pq.read_table(self.root).to_pylist()
         except pyarrow.ArrowException as error:

@@ -75,6 +75,10 @@ class Method:
     settings: Mapping[str, Any]
 
 
+Job = tuple[Item, Method]
+Track = Callable[[Sequence[Job], int], Iterable[Job]]
+
+
 def methods(benchmark: Benchmark, stores: Iterable[FeatureStore], baselines: bool = False) -> list[Method]:
     """The features of each store on a benchmark and, if asked for, the task's own baselines."""
 
@@ -132,13 +136,14 @@ def evaluate(
     out: str | Path,
     limit: int | None = None,
     pictures: int = 0,
-    track: Callable[[Sequence[Item]], Iterable[Item]] = lambda items: items,
+    track: Track = lambda jobs, done: jobs,
 ) -> Report:
     """Run every method on every item; what `out` holds already is not run again.
 
     Records are kept as `out/records/BENCHMARK-METHOD-SETTINGS.jsonl`, one line an item, written when it is done: a run that
     was killed goes on where it stopped. pictures: how many of the worst and of the best items of the first method to draw,
-    into `out/pictures`. track: shows progress over the items.
+    into `out/pictures`. track: shows progress over the jobs that are left (an item and a method each); it is told how many were
+    done before.
 
     Raises InputError when there is nothing to evaluate or two methods share a name, and what reading the data raises.
     """
@@ -149,10 +154,9 @@ def evaluate(
         raise InputError("Two methods have the same name; compare models with different names.")
     out, options = Path(out), options_of(benchmark)
     files = {method.name: _Records(_record_file(out, benchmark, method, options)) for method in compared}
-    for item in track(items):
-        for method in compared:
-            if item.key not in files[method.name]:
-                files[method.name].add(item, method.run(item))
+    jobs = [(item, method) for item in items for method in compared if item.key not in files[method.name]]
+    for item, method in track(jobs, len(items) * len(compared) - len(jobs)):
+        files[method.name].add(item, method.run(item))
     records = {name: [file[item] for item in items] for name, file in files.items()}
     rows = {name: benchmark.rows(items, found) for name, found in records.items()}
     settings = {method.name: dict(method.settings) for method in compared}

@@ -23,10 +23,11 @@ class SPair(Semantic):
     name = "spair"
 
     def pairs(self) -> list[Pair]:
-        found = read_pairs(self.root, self.split, list(self.categories) or None)
-        if not found:
-            raise InputError(f"{self.root} has no pairs of {', '.join(self.categories) or self.split}.")
-        return found
+        found = read_pairs(self.root, self.split)
+        known = {pair.category for pair in found}
+        if unknown := [category for category in self.categories if category not in known]:
+            raise InputError(f"{self.root} has no pairs of {unknown[0]}; it has {', '.join(sorted(known))}.")
+        return [pair for pair in found if not self.categories or pair.category in self.categories]
 
     def exchanged(self, category: str) -> Sequence[tuple[int, int]]:
         return super().exchanged(category) or SPAIR_SWAPS.get(category, ())
@@ -42,7 +43,9 @@ def read_pairs(root: str | Path, split: str = "test", categories: list[str] | No
     root = Path(root)
     folder = root / "PairAnnotation" / split
     if not folder.is_dir():
-        raise MissingError(f"{root} is not in the SPair-71k layout: there is no folder {folder}.")
+        up = next((up for up in root.resolve().parents[:2] if (up / "PairAnnotation" / split).is_dir()), None)
+        hint = f" (did you mean {up}?)" if up else "" if root.is_dir() else f" ({root} itself is missing)"
+        raise MissingError(f"{root} is not in the SPair-71k layout: there is no folder {folder}{hint}.")
     found = {path.stem.replace("%3A", ":").replace("_", ":"): path for path in sorted(folder.glob("*.json"))}
     layout = root / "Layout" / "large" / f"{split}.txt"
     order = (

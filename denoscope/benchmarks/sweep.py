@@ -1,6 +1,6 @@
 """Grids of timestep x site x ensemble size on any benchmark."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from denoscope.benchmarks.protocol import Benchmark, Item
-from denoscope.benchmarks.running import Method, SiteStore, evaluate
+from denoscope.benchmarks.protocol import Benchmark
+from denoscope.benchmarks.running import Method, SiteStore, Track, evaluate
 from denoscope.errors import InputError
 from denoscope.features import Dift
 from denoscope.features.joint import takes_prompts
@@ -25,7 +25,7 @@ def run_sweep(
     prompt: str | None,
     out: Path,
     limit: int | None = None,
-    track: Callable[[Sequence[Item]], Iterable[Item]] = lambda items: items,
+    track: Callable[[str], Track] = lambda label: lambda jobs, done: jobs,
 ) -> list[dict[str, Any]]:
     """One dict for each combination: t, site, ensemble, and the benchmark's row for everything. Resumes as `evaluate` does."""
     found = []
@@ -38,7 +38,7 @@ def run_sweep(
             one = replace(extractor, recipe=replace(extractor.recipe, t=t, ensemble=members))
             store = SiteStore(one, sites, prompt if takes_prompts(extractor) else None)
             compared = [_method(benchmark, store, site) for site in sites]
-            report = evaluate(benchmark, compared, out, limit, track=track)
+            report = evaluate(benchmark, compared, out, limit, track=track(f"t {t}, ensemble {members}"))
             found += [{"t": t, "site": site, "ensemble": members, **report.rows[site][0]} for site in sites]
     return found
 

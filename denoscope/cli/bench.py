@@ -103,9 +103,9 @@ def bench(
     stores = [FeatureStore(one, template if takes_prompts(one) else None, folder) for one in extractors]
     if baselines:
         taken = {one.name for one in extractors}
-        # on a video, positions as fine as the other features are: finer ones only cost
-        own = {"position": {"stride": 8}} if benchmark.preset == "temporal" else {}
-        plain = [one(preset=benchmark.preset, **own.get(key, {})) for key, one in BASELINES.items() if key not in taken]
+        # on a video the task's own baseline copies what was given; a finer SIFT takes as long as all the others
+        left_out = {*taken, *(("position", "sift-fine") if benchmark.preset == "temporal" else ())}
+        plain = [one(preset=benchmark.preset) for key, one in BASELINES.items() if key not in left_out]
         stores += [FeatureStore(one) for one in plain]
     compared = [*(given_results(benchmark, results) if results else []), *methods(benchmark, stores, baselines)]
     report = evaluate(benchmark, compared, out, limit, pictures, tracked(name))
@@ -155,7 +155,7 @@ def sweep(
     members = numbers(ensemble, "--ensemble") if ensemble else [extractor.recipe.ensemble]
     options.folder(out)
     template = prompt if prompt is not None else getattr(benchmark, "prompt", None)
-    found = run_sweep(benchmark, extractor, times, sites, members, template, out, limit, tracked(name))
+    found = run_sweep(benchmark, extractor, times, sites, members, template, out, limit, tracked)
     text = json.dumps({"benchmark": name, "cells": found}, indent=1, default=str) + "\n"
     atomically(out / f"{name}-sweep.json", lambda path: path.write_text(text))
     write(sweep_image(found, benchmark.columns[0]), out / f"{name}-sweep.png")
@@ -198,7 +198,9 @@ def make(name: str, data: Path, settings: Sequence[str] | None) -> Any:
     given = {}
     for setting in settings or []:
         key, sign, value = setting.partition("=")
-        if not sign or key not in own:
+        if not sign and key in own:
+            raise InputError(f"--set {key} has no value; its default is {key}={shown(own[key])}.")
+        if key not in own:
             known = ", ".join(f"{k}={shown(v)}" for k, v in own.items())
             raise InputError(f"{name} has no setting {key!r}; write --set NAME=VALUE with one of {known}.")
         given[key] = parsed(key, value, own[key])
@@ -247,20 +249,30 @@ def numbers(text: str, option: str) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-def tracked(name: str) -> Callable[[Sequence[Any]], Iterable[Any]]:
-    """A progress bar on a terminal, a line for every tenth of the work elsewhere."""
+def tracked(label: str) -> Callable[[Sequence[Any], int], Iterable[Any]]:
+    """A progress bar on a terminal, a line for every tenth of the work elsewhere; a word about how to go on after Ctrl-C."""
 
-    def track(items: Sequence[Any]) -> Iterable[Any]:
-        console = Console(stderr=True)
-        if console.is_terminal:
-            bar = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-            with Progress(*bar, console=console) as progress:
-                yield from progress.track(items, description=name)
-            return
-        for index, item in enumerate(items, 1):
-            yield item
-            if index * 10 // len(items) > (index - 1) * 10 // len(items):
-                print(f"{name}: {index} of {len(items)}", flush=True)
+    def track(jobs: Sequence[Any], done: int) -> Iterable[Any]:
+        console, total = Console(stderr=True), done + len(jobs)
+        if done and jobs:
+            console.print(f"{label}: {done} of {total} are done already.", highlight=False)
+        finished = done
+        try:
+            if console.is_terminal:
+                bar = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+                with Progress(*bar, console=console) as progress:
+                    task = progress.add_task(label, total=total, completed=done)
+                    for finished, job in enumerate(jobs, done):  # noqa: B007
+                        yield job
+                        progress.advance(task)
+            else:
+                for finished, job in enumerate(jobs, done):
+                    yield job
+                    if (finished + 1) * 10 // total > finished * 10 // total:
+                        print(f"{label}: {finished + 1} of {total}", flush=True)
+        except (KeyboardInterrupt, GeneratorExit):
+            console.print(f"{label}: stopped after {finished} of {total}; the same command goes on from there.")
+            raise
 
     return track
 

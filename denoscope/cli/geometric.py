@@ -75,9 +75,9 @@ def geometric(
             del chosen["keypoints_b"]
     one, two = ds.read(source), ds.read(targets[0])
     settings = {**settings, "preset": settings["preset"] or "geometric"}
+    options.folder(out)
     extract = options.load_extractor(model, device, dtype, **settings)
     found = ds.match_geometric(extract, one, two, **chosen)
-    options.folder(out)
     values = found.to_dict()
     if true_matrix is not None:
         error = corner_error(found.matrix if found.ok else None, true_matrix, one.size)
@@ -114,4 +114,5 @@ def print_geometry(found: Any, values: dict[str, Any]) -> None:
     console = Console()
     console.print(table)
     if not found.ok:
-        console.print(f"Nothing was estimated: {found.reason}.", markup=False, highlight=False)
+        what = "Nothing was estimated" if found.matrix is None else "The estimate is not to be trusted"
+        console.print(f"{what}: {found.reason}.", markup=False, highlight=False)

@@ -91,10 +91,10 @@ def match(
         raise InputError("--heat draws one target; give a single TARGET or leave it out.")
     picture, others = ds.read(source), [ds.read(target) for target in targets]
     chosen = choose_points(picture, points, grid, mask)
+    options.folder(out)
     extract = options.load_extractor(model, device, dtype, **settings)
     region = read_mask(mask, picture.size) if flip and mask is not None else None
     found = ds.match(extract, picture, others, chosen, soft_window=soft, cycle=mutual, flip=flip, region=region)
-    options.folder(out)
     one = found[0]
     drawn = (
         one.draw(heat=heat)

@@ -80,8 +80,9 @@ def feature_settings(given: list[str] | None) -> dict[str, Any]:
         if name not in FEATURE_VALUES:
             raise InputError(f"--feature {text}: there is no setting {name!r}; known are {', '.join(FEATURE_VALUES)}.")
         known = FEATURE_VALUES[name]
-        if known and value not in known:
-            raise InputError(f"--feature {name} takes {' or '.join(known)}, not {value!r}.")
+        if not value or (known and value not in known):
+            takes = " or ".join(known) or "zero, keep or channel numbers"
+            raise InputError(f"--feature {text}: write {name}=VALUE with {takes} as the value.")
         found[name] = value == "yes" if name == "adaln" else value
     return found
 

@@ -23,7 +23,9 @@ def track(
     video: Annotated[Path, typer.Argument(help="Folder of frames, video file or animated GIF.")],
     mask: Annotated[
         Path | None,
-        typer.Option(help="Mask of the first frame: indexed PNG (a number per object), or black and white."),
+        typer.Option(
+            help="Mask of the first frame: indexed PNG (a number per object), black and white, or flat colours."
+        ),
     ] = None,
     points: Annotated[
         str | None, typer.Option(help="'x,y;x,y' in pixels of the first frame, or a .json / .csv file of them.")
@@ -62,8 +64,8 @@ def track(
     frames = Frames(video)
     labels: dict[str, Any] = {
         "mask": mask and read_mask_labels(mask),
-        "points": points and options.parse_points(points),
-        "boxes": boxes and parse_boxes(boxes),
+        "points": None if points is None else options.parse_points(points),
+        "boxes": None if boxes is None else parse_boxes(boxes),
     }
     for kind, given in labels.items():  # labels that do not fit are told before a model is loaded
         if given is not None:

@@ -9,11 +9,11 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from denoscope.correspondence.geometric import Matrix, estimate, project
+from denoscope.correspondence.geometric import Matrix, absurd, estimate
 from denoscope.correspondence.keypoints import check_convention
 from denoscope.correspondence.matching import TIE, comparable
 from denoscope.errors import InputError
@@ -25,7 +25,6 @@ from denoscope.images.picture import _existing, _opened
 FITS = ("homography", "affine", "similarity")
 _SCORES_AT_ONCE = 1 << 24  # distances held at a time (64 MiB)
 _FEWEST, _SHARE = 8, 0.02  # points that must agree: so many, and so large a share
-_SQUASHED, _PERSPECTIVE, _GROWN = 8.0, 4.0, 50.0  # what no edit should suffer, see `absurd`
 
 Rgba = UInt8[np.ndarray, "height width 4"]
 
@@ -135,44 +134,6 @@ def normalised(fm: FeatureMap, convention: str = "exact") -> FeatureMap:
         sx, sy = ((cells - 1) / max(1, pixels - 1) for cells, pixels in both)
         frame = replace(frame, scale=(sx, sy), offset=(0.5 - 0.5 * sx, 0.5 - 0.5 * sy))
     return replace(fm, values=F.normalize(fm.values.float(), dim=0), frame=frame)
-
-
-def absurd(matrix: Matrix, box: Points, source: tuple[int, int], target: tuple[int, int]) -> str:
-    """Why no one would want an edit under this homography, or "" when nothing speaks against it.
-
-    box: corners of the edit, in the order of its outline. source, target: (width, height) of the pictures. Mirrored, folded
-    over the horizon, foreshortened more than 4 times across, squashed more than 8 times, grown or shrunk more than 50 times
-    (in area, relative to the pictures), or outside of the target.
-    """
-    h = torch.from_numpy(matrix)
-    w = box @ h[2, :2] + h[2, 2]
-    if not (w.min() * w.max() > 0):
-        return "it would be folded over the horizon"
-    if w.abs().max() > _PERSPECTIVE * w.abs().min():
-        return "it would be foreshortened beyond recognition"
-    moved = project(matrix, box)
-    areas = [_area(corners).item() for corners in (box, moved)]
-    if areas[0] * areas[1] <= 0:
-        return "it would be mirrored"
-    ratio = abs(areas[1] / areas[0]) * source[0] * source[1] / (target[0] * target[1])
-    if not 1 / _GROWN < ratio < _GROWN:
-        return f"it would be {'enlarged' if ratio > 1 else 'shrunk'} beyond recognition"
-    middle = box.mean(0)
-    step = 1e-3 * (box.amax(0) - box.amin(0)).max()
-    moves = torch.stack([middle, middle + torch.tensor([step, 0.0]), middle + torch.tensor([0.0, step])])
-    one, right, down = project(matrix, moves)
-    stretch = torch.linalg.svdvals(torch.stack([right - one, down - one]))
-    if stretch[0] > _SQUASHED * stretch[1]:
-        return "it would be squashed beyond recognition"
-    low, high = moved.amin(0), moved.amax(0)
-    outside = (high < -0.5).any() or bool((low > low.new_tensor(target) - 0.5).any())
-    return "it would lie outside the picture" if outside else ""
-
-
-def _area(corners: Points) -> Float[Tensor, ""]:
-    """Signed area of a polygon."""
-    x, y = corners.mT
-    return ((x * y.roll(-1)) - (x.roll(-1) * y)).sum() / 2
 
 
 def propagate(

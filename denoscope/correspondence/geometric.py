@@ -6,6 +6,7 @@ homogeneous pixels (x, y, 1) of picture A; the centre of the top-left pixel is (
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,9 @@ METHODS = {
     "ransac": cv2.RANSAC,
     "lmeds": cv2.LMEDS,
 }
+# fewer agreeing matches than this are chance: several times what decides the matrix
+LEAST_AGREEING = {"homography": 8, "affine": 8, "similarity": 8, "fundamental": 16, "essential": 12}
+_SQUASHED, _PERSPECTIVE, _GROWN = 8.0, 4.0, 50.0  # what no part of a picture should suffer, see `absurd`
 _RANK = 1e-9  # a matrix whose singular values fall off by more than this has collapsed
 
 
@@ -181,7 +185,9 @@ def camera_matrix(focal: float | int, size: tuple[int, int]) -> Matrix:
 def _cameras(intrinsics: Any) -> list[Matrix]:
     """Both camera matrices."""
     if intrinsics is None:
-        raise InputError("An essential matrix needs the camera: give its 3 x 3 intrinsics or the focal length.")
+        raise InputError(
+            "An essential matrix needs the camera: its focal length in pixels (--focal) or 3 x 3 intrinsics."
+        )
     try:
         cameras = np.asarray(intrinsics, np.float64)
     except (TypeError, ValueError):
@@ -281,6 +287,60 @@ def match_keypoints(
     )
 
 
+def absurd(matrix: Matrix, box: Points, source: tuple[int, int], target: tuple[int, int]) -> str:
+    """Why a homography cannot be meant for a part of a picture, or "" when nothing speaks against it.
+
+    box: corners of the part, in the order of its outline. source, target: (width, height) of the pictures. Mirrored, folded
+    over the horizon, foreshortened more than 4 times across, squashed more than 8 times, grown or shrunk more than 50 times
+    (in area, relative to the pictures), or outside of the target.
+    """
+    h = torch.from_numpy(matrix)
+    w = box @ h[2, :2] + h[2, 2]
+    if not (w.min() * w.max() > 0):
+        return "it would be folded over the horizon"
+    if w.abs().max() > _PERSPECTIVE * w.abs().min():
+        return "it would be foreshortened beyond recognition"
+    moved = project(matrix, box)
+    areas = [_area(corners).item() for corners in (box, moved)]
+    if areas[0] * areas[1] <= 0:
+        return "it would be mirrored"
+    ratio = abs(areas[1] / areas[0]) * source[0] * source[1] / (target[0] * target[1])
+    if not 1 / _GROWN < ratio < _GROWN:
+        return f"it would be {'enlarged' if ratio > 1 else 'shrunk'} beyond recognition"
+    middle = box.mean(0)
+    step = 1e-3 * (box.amax(0) - box.amin(0)).max()
+    moves = torch.stack([middle, middle + torch.tensor([step, 0.0]), middle + torch.tensor([0.0, step])])
+    one, right, down = project(matrix, moves)
+    stretch = torch.linalg.svdvals(torch.stack([right - one, down - one]))
+    if stretch[0] > _SQUASHED * stretch[1]:
+        return "it would be squashed beyond recognition"
+    low, high = moved.amin(0), moved.amax(0)
+    outside = (high < -0.5).any() or bool((low > low.new_tensor(target) - 0.5).any())
+    return "it would lie outside the picture" if outside else ""
+
+
+def _area(corners: Points) -> Float[Tensor, ""]:
+    """Signed area of a polygon."""
+    x, y = corners.mT
+    return ((x * y.roll(-1)) - (x.roll(-1) * y)).sum() / 2
+
+
+def doubt(found: GeometricMatches) -> str:
+    """Why an estimate is not to be trusted, or "": too few matches agree, or what they agree on is `absurd` where they lie.
+
+    A handful of wrong matches always agrees on something. That many cannot be chance.
+    """
+    agreeing, least = int(found.inliers.sum()), LEAST_AGREEING[found.kind]
+    if agreeing < least:
+        return f"only {agreeing} of {len(found)} matches agree, where {least} are needed to mean something"
+    if found.matrix is None or found.kind in ("fundamental", "essential") or not (found.source and found.target):
+        return ""
+    inliers = found.points_a[found.inliers]
+    (left, top), (right, bottom) = inliers.amin(0).tolist(), inliers.amax(0).tolist()
+    box = torch.tensor([[left, top], [right, top], [right, bottom], [left, bottom]], dtype=torch.float64)
+    return absurd(found.matrix, box, found.source.size, found.target.size)
+
+
 def match_geometric(
     model: Any,
     a: Any,
@@ -307,7 +367,8 @@ def match_geometric(
     focal: in pixels, of both cameras or one each, in the place of `intrinsics`. `options` are those of `denoscope.features`,
     the other arguments those of `match_keypoints`.
 
-    Raises InputError for wrong arguments and points outside; failed estimates are results with `ok=False`.
+    Raises InputError for wrong arguments and points outside; failed estimates, and those that `doubt` speaks against, are
+    results with `ok=False` (the latter keep their matrix).
     """
     if isinstance(model, Denoiser) and options.get("preset") is None:
         options["preset"] = "geometric"
@@ -315,7 +376,7 @@ def match_geometric(
     one, two = read(a), read(b)
     if keypoints_b is None:
         if not isinstance(keypoints, str) or Path(keypoints).is_file():
-            raise InputError("Key points of A were given, so those of B are needed too.")
+            raise InputError("Key points of A were given, so those of B are needed too: keypoints_b (--keypoints-b).")
         keypoints_b = keypoints
     points_a, points_b = keypoints_of(one, keypoints, n), keypoints_of(two, keypoints_b, n)
     if focal is not None:
@@ -329,7 +390,7 @@ def match_geometric(
     check_convention(convention)
     mutual_nearest(torch.ones(1, 1), torch.ones(1, 1), metric)
     estimate(points_a[:0], points_b[:0], matrix, method, threshold, intrinsics)
-    return match_keypoints(
+    found = match_keypoints(
         extract(one),
         extract(two),
         points_a,
@@ -342,3 +403,5 @@ def match_geometric(
         threshold=threshold,
         intrinsics=intrinsics,
     )
+    reason = doubt(found) if found.ok else ""
+    return replace(found, ok=False, reason=reason) if reason else found

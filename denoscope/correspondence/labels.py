@@ -107,7 +107,8 @@ def _from_array(array: np.ndarray, what: str, indexed: bool = False) -> np.ndarr
     values, counts = np.unique(array, return_counts=True)
     ends = int(counts[0] + counts[-1])
     soft = not indexed and ends > 0.9 * array.size and values[-2:][0] > MOST
-    if values[0] == 0 and values[-1] in (VOID, 65535) and (len(values) == 2 or soft):
+    white = len(values) == 1 and not indexed
+    if values[-1] in (VOID, 65535) and (white or (values[0] == 0 and (len(values) == 2 or soft))):
         return (array > values[-1] // 2).astype(np.uint8)  # black and white, perhaps with soft edges
     if len(values) > MOST or values.max() > VOID:
         raise InputError(
@@ -135,7 +136,7 @@ def box_labels(boxes: Any, size: tuple[int, int]) -> Mask:
         if not (-0.5 <= x1 < x2 <= width - 0.5 and -0.5 <= y1 < y2 <= height - 0.5):
             raise InputError(
                 f"Box {index} from ({x1:g}, {y1:g}) to ({x2:g}, {y2:g}) is no box inside the picture of "
-                f"{width}x{height} pixels; write x1,y1,x2,y2 with x1 < x2 and y1 < y2."
+                f"{width}x{height} pixels; write x1,y1,x2,y2 with 0 <= x1 < x2 < {width} and 0 <= y1 < y2 < {height}."
             )
         left, top, right, bottom = (int(np.floor(value + 0.5)) for value in (x1, y1, x2, y2))
         labels[top : bottom + 1, left : right + 1] = index + 1
