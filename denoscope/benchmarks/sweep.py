@@ -54,7 +54,7 @@ def sweep_image(cells: Sequence[dict[str, Any]], column: str) -> Image.Image:
     times, sites, ensembles = (list(dict.fromkeys(cell[key] for cell in cells)) for key in ("t", "site", "ensemble"))
     value = {(cell["t"], cell["site"], cell["ensemble"]): cell[column] for cell in cells}
     top = max(value.values()) or 1
-    width = 1.4 + (0.8 + 0.5 * len(times)) * len(ensembles)
+    width = 1.4 + (0.8 + 0.55 * len(times)) * len(ensembles)
     with chart(max(4, width), 1.2 + 0.3 * len(sites), len(ensembles)) as c:
         for axes, members in zip(c.panels, ensembles, strict=True):
             grid = np.array([[value[t, site, members] for t in times] for site in sites])
@@ -66,5 +66,5 @@ def sweep_image(cells: Sequence[dict[str, Any]], column: str) -> Image.Image:
             axes.set_xlabel("timestep t")
             for y, x in np.ndindex(*grid.shape):
                 ink = "black" if grid[y, x] > 0.6 * top else "white"
-                axes.text(x, y, f"{grid[y, x]:.0f}", ha="center", va="center", color=ink, fontsize=8)
+                axes.text(x, y, f"{grid[y, x]:.1f}", ha="center", va="center", color=ink, fontsize=8)
         return c.image()

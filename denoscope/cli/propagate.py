@@ -81,7 +81,10 @@ def propagate(
                 write(image, out / path)
             else:
                 (out / path).unlink(missing_ok=True)  # of an earlier run
-    labels = [f"{name}{'' if one.ok else ' (not placed)'}" for name, one in zip(names, found, strict=True)]
+    labels = [
+        f"{name}: {int(one.inliers.sum())} of {len(one.points)} agree" if one.ok else f"{name} (not placed)"
+        for name, one in zip(names, found, strict=True)
+    ]
     panels = [composite(original, painted), *(one.image for one in found)]
     write(contact_sheet(panels, ["the edit", *labels], side=320), out / "contact_sheet.png")
     values = {"edit": str(edit), "source": str(source), "targets": [one.to_dict() for one in found]}

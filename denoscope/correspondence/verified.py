@@ -75,6 +75,7 @@ class GeometricMatches:
 
         one, two = self._pictures()
         verdict = f"{int(self.inliers.sum())} of {len(self)} matches agree with one {self.kind}"
+        verdict += " matrix" if self.kind in ("fundamental", "essential") else ""
         title = verdict if self.ok else f"{len(self)} matches; {self.reason}"
         return draw_lines(one, two, self.points_a, self.points_b, self.inliers, title=title, **options)
 
