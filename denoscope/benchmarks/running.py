@@ -136,14 +136,15 @@ def evaluate(
     out: str | Path,
     limit: int | None = None,
     pictures: int = 0,
+    tables: bool = True,
     track: Track = lambda jobs, done: jobs,
 ) -> Report:
     """Run every method on every item; what `out` holds already is not run again.
 
     Records are kept as `out/records/BENCHMARK-METHOD-SETTINGS.jsonl`, one line an item, written when it is done: a run that
     was killed goes on where it stopped. pictures: how many of the worst and of the best items of the first method to draw,
-    into `out/pictures`. track: shows progress over the jobs that are left (an item and a method each); it is told how many were
-    done before.
+    into `out/pictures`. tables: also save the report there. track: shows progress over the jobs that are left (an item and a
+    method each); it is told how many were done before.
 
     Raises InputError when there is nothing to evaluate or two methods share a name, and what reading the data raises.
     """
@@ -163,7 +164,8 @@ def evaluate(
     if pictures:
         _draw_extremes(benchmark, items, records[compared[0].name], out / "pictures", pictures)
     report = Report(benchmark.name, benchmark.columns, rows, {"protocol": options, "limit": limit, "methods": settings})
-    report.save(out)
+    if tables:
+        report.save(out)
     return report
 
 

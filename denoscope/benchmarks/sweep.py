@@ -38,7 +38,7 @@ def run_sweep(
             one = replace(extractor, recipe=replace(extractor.recipe, t=t, ensemble=members))
             store = SiteStore(one, sites, prompt if takes_prompts(extractor) else None)
             compared = [_method(benchmark, store, site) for site in sites]
-            report = evaluate(benchmark, compared, out, limit, track=track(f"t {t}, ensemble {members}"))
+            report = evaluate(benchmark, compared, out, limit, tables=False, track=track(f"t {t}, ensemble {members}"))
             found += [{"t": t, "site": site, "ensemble": members, **report.rows[site][0]} for site in sites]
     return found
 
