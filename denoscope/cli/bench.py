@@ -108,7 +108,7 @@ def bench(
         plain = [one(preset=benchmark.preset) for key, one in BASELINES.items() if key not in left_out]
         stores += [FeatureStore(one) for one in plain]
     compared = [*(given_results(benchmark, results) if results else []), *methods(benchmark, stores, baselines)]
-    report = evaluate(benchmark, compared, out, limit, pictures, tracked(name))
+    report = evaluate(benchmark, compared, out, limit, pictures, track=tracked(name))
     print_report(report)
     print(f"Tables: {out / (name + '.json')}, {out / (name + '.csv')}")
     if pictures:
