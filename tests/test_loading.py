@@ -177,3 +177,9 @@ def test_an_unreachable_hub_is_named(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ds.MissingError, match="nobody/nothing could not be loaded"):
         ds.load("nobody/nothing", device="cpu")
+
+
+def test_an_encoder_is_no_diffusion_model(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "dinov2", "hidden_size": 32}')
+    with pytest.raises(ds.InputError, match="load_encoder"):
+        ds.load(tmp_path)

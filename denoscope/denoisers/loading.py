@@ -143,6 +143,11 @@ def _load_folder(
         config = _json(source, "config.json")
         if config is None:
             raise MissingError(f"{name} holds neither model_index.json nor config.json; it is not a diffusers folder.")
+        if "model_type" in config and "_class_name" not in config:
+            raise InputError(
+                f"{name} is a transformers model ({config['model_type']}), not a diffusion model; encoders are read with "
+                "load_encoder, and classifiers with load_classifier."
+            )
         parts = {"unet": ("diffusers", config.get("_class_name", "an unknown class"))}
     else:
         parts = {key: (value[0], value[1]) for key, value in index.items() if isinstance(value, list) and value[0]}
