@@ -63,6 +63,10 @@ class Matches:
         one, two = self.source.picture, self.target.picture
         if one is None or two is None:
             raise InputError("The pictures behind these features are gone, so they cannot be drawn.")
+        said = ["colours: cosine with point 0"] if heat else []
+        said += ["matched from the mirror image of the source"] if self.recipe.get("mirrored") else []
+        if said:
+            options.setdefault("title", "; ".join(said))
         if heat:
             options["heat"] = self.target.similarity(self.source.at(self.source_points[:1]))[0]
         return draw_matches(one, two, self.source_points, self.points, scores=self.scores, **options)
