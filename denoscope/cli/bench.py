@@ -103,9 +103,13 @@ def bench(
     stores = [FeatureStore(one, template if takes_prompts(one) else None, folder) for one in extractors]
     if baselines:
         taken = {one.name for one in extractors}
-        # on a video the task's own baseline copies what was given; a finer SIFT takes as long as all the others
-        left_out = {*taken, *(("position", "sift-fine") if benchmark.preset == "temporal" else ())}
-        plain = [one(preset=benchmark.preset) for key, one in BASELINES.items() if key not in left_out]
+        # on a video, positions as fine as the other features are, and one SIFT: the finer one takes as long as all the others
+        video = benchmark.preset == "temporal"
+        left_out = {*taken, *(("sift-fine",) if video else ())}
+        own = {"position": {"stride": 8}} if video else {}
+        plain = [
+            one(preset=benchmark.preset, **own.get(key, {})) for key, one in BASELINES.items() if key not in left_out
+        ]
         stores += [FeatureStore(one) for one in plain]
     compared = [*(given_results(benchmark, results) if results else []), *methods(benchmark, stores, baselines)]
     report = evaluate(benchmark, compared, out, limit, pictures, track=tracked(name))

@@ -1,5 +1,6 @@
 """Transformers that attend to image and prompt together: Stable Diffusion 3 (Esser et al., arXiv 2403.03206) and FLUX.1."""
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,9 +37,9 @@ class JointDenoiser(TransformerDenoiser):
     def _blocks(self) -> list[Any]:
         return [block for path in self.LISTS for block in self.network.get_submodule(path).children()]
 
+    @abstractmethod
     def _embedding(self, given: dict[str, Any]) -> Tensor:
         """The network's embedding of timestep and condition."""
-        raise NotImplementedError
 
     def _modulation(self, block: int, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
         blocks, embedding = self._blocks(), F.silu(self._embedding(given))

@@ -1,5 +1,6 @@
 """What the denoisers have in common whose network is a transformer over patches of latents (DiT, PixArt, SD3, Flux)."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from denoscope.errors import InputError
 from denoscope.sites import Site, Skeleton, transformer_sites
 
 
-class TransformerDenoiser:
+class TransformerDenoiser(ABC):
     """Base of the families; they say how the network is called (`_arguments`) and conditioned (`condition`, `_dummy`).
 
     LISTS: the network's module lists of blocks, in the order of the forward pass. GRID: see `Site.grid`.
@@ -61,13 +62,13 @@ class TransformerDenoiser:
         """The network once more; called where modules are made without weights."""
         return type(self._network).from_config(dict(self._network.config))
 
+    @abstractmethod
     def _arguments(self, noisy: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
         """What the network is called with. t: [batch], float or integer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _dummy(self) -> Condition:
         """A condition of one row with the right shapes, on the default device."""
-        raise NotImplementedError
 
     @property
     def network(self) -> nn.Module:
@@ -132,9 +133,9 @@ class TransformerDenoiser:
             shift, scale = self._modulation(block, self._arguments(noisy, told, condition))
         return shift.flatten().float(), scale.flatten().float()
 
+    @abstractmethod
     def _modulation(self, block: int, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """(shift, scale) from the arguments of the network."""
-        raise NotImplementedError
 
 
 def asked(name: str, prompts: Any, batch: int) -> list[str]:
