@@ -32,7 +32,17 @@ if TYPE_CHECKING:
     from denoscope.denoisers.classifiers import Classifier, load_classifier
     from denoscope.encoders import Encoder, load_encoder
     from denoscope.errors import DenoscopeError, InputError, MissingError
-    from denoscope.features import Extractor, FeatureMap, as_extractor, features
+    from denoscope.features import (
+        Amalgam,
+        Control,
+        Extractor,
+        FeatureMap,
+        Lora,
+        amalgamate,
+        as_extractor,
+        feature_sets,
+        features,
+    )
     from denoscope.images import Clip, Frame, Picture, read, read_clip, write
     from denoscope.images.video import Frames
     from denoscope.sampling import (
@@ -50,6 +60,7 @@ if TYPE_CHECKING:
     )
     from denoscope.sampling.guider import CompressGuidance
     from denoscope.sampling.pipelines import compress_guidance
+    from denoscope.segmentation import Examples, FewShot, Masks, read_examples
 
 __version__ = "0.1.0"
 
@@ -74,7 +85,17 @@ _HOMES = {
     "denoscope.denoisers.classifiers": ("Classifier", "load_classifier"),
     "denoscope.encoders": ("Encoder", "load_encoder"),
     "denoscope.errors": ("DenoscopeError", "InputError", "MissingError"),
-    "denoscope.features": ("Extractor", "FeatureMap", "as_extractor", "features"),
+    "denoscope.features": (
+        "Amalgam",
+        "Control",
+        "Extractor",
+        "FeatureMap",
+        "Lora",
+        "amalgamate",
+        "as_extractor",
+        "feature_sets",
+        "features",
+    ),
     "denoscope.images": ("Clip", "Frame", "Picture", "read", "read_clip", "write"),
     "denoscope.images.video": ("Frames",),
     "denoscope.sampling": (
@@ -92,11 +113,13 @@ _HOMES = {
     ),
     "denoscope.sampling.guider": ("CompressGuidance",),
     "denoscope.sampling.pipelines": ("compress_guidance",),
+    "denoscope.segmentation": ("Examples", "FewShot", "Masks", "read_examples"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "APG",
+    "Amalgam",
     "CFGZeroStar",
     "Classifier",
     "ClassifierFree",
@@ -104,16 +127,21 @@ __all__ = [
     "Clip",
     "CompressGuidance",
     "Condition",
+    "Control",
     "Denoiser",
     "DenoscopeError",
     "Encoder",
+    "Examples",
     "Extractor",
     "FeatureMap",
+    "FewShot",
     "Frame",
     "Frames",
     "GeometricMatches",
     "GuidanceSchedule",
     "InputError",
+    "Lora",
+    "Masks",
     "Matches",
     "MissingError",
     "Mutual",
@@ -128,9 +156,11 @@ __all__ = [
     "Tracked",
     "Tracks",
     "Watch",
+    "amalgamate",
     "as_extractor",
     "compress_guidance",
     "diagnose",
+    "feature_sets",
     "features",
     "load",
     "load_classifier",
@@ -142,6 +172,7 @@ __all__ = [
     "propagate_labels",
     "read",
     "read_clip",
+    "read_examples",
     "sample",
     "track",
     "trajectory",

@@ -6,7 +6,7 @@ attention maps are recomputed from the recorded queries and keys. Names, in the 
     down.L, mid, up.L              output of a resolution level, after its down- or upsampler
     up.L.resnet.J                  output of a residual block; .increment is its branch before the skip is added
     up.L.attn.J                    output of a transformer (or plain attention) layer, its own skip included
-    up.L.attn.J.block.K            one of its transformer blocks, if there are several (else left out below)
+    up.L.attn.J.block.K            output of one of its transformer blocks; where there is only one, "block.0" is left out below
     ….query .key .value .self_map  self-attention: tokens as maps, and softmax maps [heads, tokens, tokens]
     ….cross_query .cross_map       cross-attention over the prompt's tokens: [heads, tokens, prompt tokens]
     ….feed_forward                 inner activation of the feed-forward layer
@@ -26,6 +26,7 @@ Transformers (DiT, PixArt, SD3, Flux) have no levels; a site is always about the
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
@@ -137,28 +138,21 @@ class Watch(AbstractContextManager):
         if self.stop and len(self.seen) == len(self.names):
             raise _Enough
 
+    # Readers are methods and lambdas, not inner functions: these are made once, and a network has many sites.
     def _hook(self, path: str, reader: Callable[[Any], None]) -> None:
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            reader(output)
-
-        self._handles.append(self.network.get_submodule(path).register_forward_hook(hook))
+        module = self.network.get_submodule(path)
+        self._handles.append(module.register_forward_hook(lambda module, args, output: reader(output)))
 
     def _before(self, path: str, reader: Callable[[tuple, dict[str, Any]], None]) -> None:
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            reader(args, kwargs)
-
-        self._handles.append(self.network.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
+        module = self.network.get_submodule(path)
+        hook = module.register_forward_pre_hook(lambda module, args, kwargs: reader(args, kwargs), with_kwargs=True)
+        self._handles.append(hook)
 
     def _grid(self, site: Site) -> list[int]:
         """[rows, columns] of the image's tokens, filled in during the forward pass."""
         size: list[int] = []
-
-        def reader(args: tuple, kwargs: dict[str, Any]) -> None:
-            value = _tensor(args[0] if args else kwargs["hidden_states"])
-            size[:] = (side // site.patch for side in value.shape[-2:])
-
         assert site.grid is not None
-        self._before(site.grid, reader)
+        self._before(site.grid, lambda args, kwargs: _fill(size, args, kwargs, site.patch))
         return size
 
     def _read(self, site: Site) -> None:
@@ -166,57 +160,66 @@ class Watch(AbstractContextManager):
 
     def _read_tokens(self, site: Site) -> None:
         size = self._grid(site)
-
-        def reader(output: Any) -> None:
-            tokens = output[-1] if isinstance(output, tuple) else _tensor(output)  # joint blocks: (prompt, image)
-            tokens = tokens.flatten(1, -2)  # SAM keeps them in rows and columns
-            self._see(site.name, tokens[:, -size[0] * size[1] :].mT.unflatten(-1, size))
-
-        self._hook(site.module, reader)
+        self._hook(site.module, lambda output: self._see(site.name, _by_place(output, size)))
 
     def _read_map(self, site: Site) -> None:
-        """softmax(q k^T / sqrt(d)) in float32, from the outputs of the query and key projections."""
-        attention: Any = self.network.get_submodule(site.module)
+        found = _Softmax(self.network.get_submodule(site.module), site, [] if site.grid is None else self._grid(site))
+        self._before(site.module, lambda args, kwargs: found.given.update(kwargs))
+        for name, layer in found.layers.items():
+            self._hook(f"{site.module}.{layer}", partial(self._part_of_map, found, name))
+
+    def _part_of_map(self, found: "_Softmax", name: str, output: Any) -> None:
+        found.take(name, _tensor(output))
+        if len(found.parts) == len(found.layers):
+            self._see(found.site.name, found.weights())
+
+
+class _Softmax:
+    """softmax(q k^T / sqrt(d)) in float32, from the outputs of the query and key projections of an attention layer."""
+
+    def __init__(self, attention: Any, site: Site, size: list[int]):
+        self.attention, self.site, self.size = attention, site, size
         names = ("to_q", "to_k") if hasattr(attention, "to_q") else ("q_proj", "k_proj")  # diffusers, transformers
-        layers = dict(zip(("q", "k"), names, strict=True))
-        heads = next(getattr(attention, key) for key in _HEADS if hasattr(attention, key))
+        self.layers = dict(zip(("q", "k"), names, strict=True))
+        self.heads = next(getattr(attention, key) for key in _HEADS if hasattr(attention, key))
         if site.grid is not None and getattr(attention, "add_q_proj", None) is not None:
-            layers |= {"prompt q": "add_q_proj", "prompt k": "add_k_proj"}
-        size = [] if site.grid is None else self._grid(site)
-        given: dict[str, Any] = {}
-        parts: dict[str, Tensor] = {}
+            self.layers |= {"prompt q": "add_q_proj", "prompt k": "add_k_proj"}
+        self.given: dict[str, Any] = {}  # what the layer was called with
+        self.parts: dict[str, Tensor] = {}
 
-        def part(name: str) -> Callable[[Any], None]:
-            norm = getattr(attention, f"norm_{'added_' if ' ' in name else ''}{name[-1]}", None)
+    def take(self, name: str, output: Tensor) -> None:
+        norm = getattr(self.attention, f"norm_{'added_' if ' ' in name else ''}{name[-1]}", None)
+        value = output.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        self.parts[name] = value if norm is None else norm(value)
 
-            def reader(output: Any) -> None:
-                value = _tensor(output).unflatten(-1, (heads, -1)).transpose(1, 2)
-                parts[name] = value if norm is None else norm(value)
-                if len(parts) == len(layers):
-                    self._see(site.name, weights())
+    def _joined(self, name: str) -> Tensor:
+        """Queries or keys of prompt and image in one sequence, if they are apart, rotated."""
+        names = [f"prompt {name}", name] if len(self.layers) == 4 else [name]
+        value = torch.cat([self.parts.pop(one) for one in names], 2)
+        rotation = self.given.get("image_rotary_emb")
+        rotated: Any = value if rotation is None else apply_rotary_emb(value, rotation)
+        return rotated.float()
 
-            return reader
+    def weights(self) -> Tensor:
+        q, k = self._joined("q"), self._joined("k")
+        if self.site.grid is None:
+            bias = self.given.get("attention_mask")  # [batch, 1, keys]: prompt tokens that are padding
+            return (q @ k.mT * self.attention.scale + (0 if bias is None else bias[:, None])).softmax(-1)
+        image = self.size[0] * self.size[1]
+        attended = (q[:, :, -image:] @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+        return attended[..., :-image] if self.site.name.endswith("cross_map") else attended[..., -image:]
 
-        def joined(name: str) -> Tensor:
-            value = (
-                torch.cat([parts.pop(f"prompt {name}"), parts.pop(name)], 2) if len(layers) == 4 else parts.pop(name)
-            )
-            rotation = given.get("image_rotary_emb")
-            rotated: Any = value if rotation is None else apply_rotary_emb(value, rotation)
-            return rotated.float()
 
-        def weights() -> Tensor:
-            q, k = joined("q"), joined("k")
-            if site.grid is None:
-                bias = given.get("attention_mask")  # [batch, 1, keys]: prompt tokens that are padding
-                return (q @ k.mT * attention.scale + (0 if bias is None else bias[:, None])).softmax(-1)
-            image = size[0] * size[1]
-            attended = (q[:, :, -image:] @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
-            return attended[..., :-image] if site.name.endswith("cross_map") else attended[..., -image:]
+def _fill(size: list[int], args: tuple, kwargs: dict[str, Any], patch: int) -> None:
+    value = _tensor(args[0] if args else kwargs["hidden_states"])
+    size[:] = (side // patch for side in value.shape[-2:])
 
-        self._before(site.module, lambda args, kwargs: given.update(kwargs))
-        for name, layer in layers.items():
-            self._hook(f"{site.module}.{layer}", part(name))
+
+def _by_place(output: Any, size: list[int]) -> Tensor:
+    """Tokens as a map of `size`; other tokens come before the image's."""
+    tokens = output[-1] if isinstance(output, tuple) else _tensor(output)  # joint blocks: (prompt, image)
+    tokens = tokens.flatten(1, -2)  # SAM keeps them in rows and columns
+    return tokens[:, -size[0] * size[1] :].mT.unflatten(-1, size)
 
 
 _HEADS = ("heads", "num_attention_heads", "num_heads")  # diffusers, and two spellings of transformers
@@ -269,8 +272,7 @@ def unet_sites(network: nn.Module) -> list[Site]:
             if block.attn2 is not None:
                 attention(one, f"{inner}.attn2", path, cross=True)
             sites.append(Site(f"{one}.feed_forward", "tokens", f"{inner}.ff.net.0", path))
-            if len(blocks) > 1:
-                sites.append(Site(one, "tokens", inner, path))
+            sites.append(Site(f"{name}.block.{k}", "tokens", inner, path))
         sites.append(Site(name, "attention", path))
 
     for i in range(len(network.down_blocks)):  # pyright: ignore[reportArgumentType]

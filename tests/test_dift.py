@@ -196,7 +196,7 @@ def test_saved_features_come_back(sd, tmp_path):
     [
         ({"t": 1000}, r"\[0, 1000\)"),
         ({"t": -1}, r"\[0, 1000\)"),
-        ({"site": "up.9"}, r"no site 'up.9'.*down.0.*up.3"),
+        ({"site": "up.9"}, r"no site 'up.9'.*nearest are up.3"),
         ({"site": "up.1.attn.0.self_map"}, "no map of features"),
         ({"preset": "artistic"}, "semantic, geometric, temporal"),
         ({"ensemble": 0}, "at least 1 member"),

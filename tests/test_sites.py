@@ -100,3 +100,32 @@ def test_take_empties_the_watch_between_steps(adm):
         adm.predict(noisy, 900, adm.condition(None))
         second = watch.take()
     assert not torch.equal(first["mid"], second["mid"])
+
+
+def test_the_output_of_an_only_block_is_what_the_layer_projects(sd):
+    """`up.1.attn.0.block.0` goes through proj_out and past the layer's skip; the result is `up.1.attn.0`."""
+    noisy, condition, name = noisy_input(sd), sd.condition(None), "up.1.attn.0"
+    layer = sd.network.get_submodule("up_blocks.1.attentions.0")
+    skips = []
+    handle = layer.register_forward_pre_hook(lambda module, args: skips.append(args[0]))
+    with torch.no_grad(), ds.Watch(sd, [f"{name}.block.0", name]) as seen:
+        sd.predict(noisy, 100, condition)
+    handle.remove()
+    with torch.no_grad():
+        tokens = seen[f"{name}.block.0"]
+        projected = (
+            layer.proj_out(tokens)
+            if isinstance(layer.proj_out, torch.nn.Conv2d)
+            else layer.proj_out(tokens.flatten(2).mT).mT.unflatten(-1, tokens.shape[-2:])
+        )
+    assert torch.allclose(projected + skips[0], seen[name], atol=1e-5)
+    places = [site.name for site in sd.sites(sizes=False)]
+    assert places.index(f"{name}.feed_forward") < places.index(f"{name}.block.0") < places.index(name)
+
+
+def test_sites_of_single_blocks_keep_rows_and_columns(sd):
+    """Not only squares: a query of a wide picture is the projection of each place's own token."""
+    latents = torch.randn(1, 4, 5, 12, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), ds.Watch(sd, ["up.3.attn.0.block.0", "up.3.attn.0"]) as seen:
+        sd.predict(latents, 100, sd.condition(None))
+    assert seen["up.3.attn.0.block.0"].shape[-2:] == seen["up.3.attn.0"].shape[-2:] == (5, 12)

@@ -154,7 +154,7 @@ def evaluate(
     if len({method.name for method in compared}) < len(compared):
         raise InputError("Two methods have the same name; compare models with different names.")
     out, options = Path(out), options_of(benchmark)
-    files = {method.name: _Records(_record_file(out, benchmark, method, options)) for method in compared}
+    files = {method.name: Records(_record_file(out, benchmark, method, options)) for method in compared}
     jobs = [(item, method) for item in items for method in compared if item.key not in files[method.name]]
     for item, method in track(jobs, len(items) * len(compared) - len(jobs)):
         files[method.name].add(item, method.run(item))
@@ -175,7 +175,7 @@ def _record_file(out: Path, benchmark: Benchmark, method: Method, options: dict[
     return out / "records" / f"{benchmark.name}-{name}-{print_}.jsonl"
 
 
-class _Records:
+class Records:
     """A file of records that is only ever added to; half a last line, left by a kill, is dropped."""
 
     def __init__(self, path: Path):

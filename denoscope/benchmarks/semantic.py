@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -15,7 +15,8 @@ from denoscope.correspondence import transfer
 from denoscope.correspondence.matching import transfer_aligned
 from denoscope.correspondence.mirroring import counterparts, mirror, unmirrored
 from denoscope.errors import InputError
-from denoscope.images import Frame, Picture, as_points, read
+from denoscope.features import FeatureMap
+from denoscope.images import Frame, Picture, Points, as_points, read
 from denoscope.images.draw import draw_matches
 
 
@@ -27,6 +28,7 @@ class Semantic:
     soft: soft-argmax window in feature cells, 0 for the best pixel. flip: match from the source's mirror image where that is
     more like the target inside the source's box (`transfer_aligned`); keypoints of the left and right then change places.
     swaps: which ones do, "LEFT-RIGHT" by their ids; by default what the data set says of its own.
+    square: compare as squares of so many pixels, at rounded points, as the DHF harness does with 512 (`transfer_square`).
     """
 
     root: Path
@@ -35,6 +37,7 @@ class Semantic:
     soft: float = 0.0
     flip: bool = False
     swaps: tuple[str, ...] = ()
+    square: int = 0
 
     name = "semantic"
     preset = "semantic"
@@ -46,6 +49,8 @@ class Semantic:
             raise InputError(f"There is no threshold {unknown[0]!r}; choose from {', '.join(THRESHOLDS)}.")
         if not self.alphas or not self.thresholds or not all(0 < alpha <= 1 for alpha in self.alphas):
             raise InputError("PCK needs at least one alpha in (0, 1] and one threshold.")
+        if self.square < 0 or (self.square and (self.flip or self.soft)):
+            raise InputError("square is a side in pixels, and goes neither with flip nor with soft; 0 leaves it out.")
         if wrong := [swap for swap in self.swaps if not re.fullmatch(r"\d+-\d+", swap)]:
             raise InputError(f"The swap {wrong[0]!r} is not understood; write the ids of two keypoints, LEFT-RIGHT.")
 
@@ -75,6 +80,8 @@ class Semantic:
     def run(self, item: Item, features: Features) -> Record:
         pair: Pair = item.data
         source, target = (features(self.picture(name), item.category) for name in (pair.source, pair.target))
+        if self.square:
+            return {"points": transfer_square(source, target, pair.source_points, self.square).tolist()}
         points = source.frame.clamped(pair.source_points)
         if not self.flip:
             return {"points": transfer(source, target, points, self.soft).points.tolist()}
@@ -120,3 +127,27 @@ class Semantic:
 
     def baselines(self) -> Mapping[str, Callable[[Item], Record]]:
         return {}
+
+
+def transfer_square(source: FeatureMap, target: FeatureMap, points: Points, side: int = 512) -> Points:
+    """Point transfer by the harness of Diffusion Hyperfeatures (Luo et al., NeurIPS 2023, arXiv 2305.14334).
+
+    Both maps are enlarged (bilinear) to side x side whatever the shape of the pictures; points are scaled by side / size,
+    without regard to half pixels, clipped and rounded; the best pixel is scaled back. Points and what is returned are in
+    pixels of the pictures. For comparing with numbers made that way; `transfer` is exact.
+
+    Raises InputError for maps that do not cover the whole picture.
+    """
+    for fm in (source, target):
+        if not _covers(fm):
+            raise InputError("Only maps that cover the whole picture can be compared as squares.")
+    one, two = (replace(fm, frame=Frame.of((side, side)).resize(fm.frame.grid)) for fm in (source, target))
+    asked = (points * (side / points.new_tensor(source.frame.picture))).clamp(0, side - 1).round()
+    return transfer(one, two, asked).points * (points.new_tensor(target.frame.picture) / side)
+
+
+def _covers(fm: FeatureMap) -> bool:
+    corners = torch.tensor([(0, 0), fm.frame.picture], dtype=torch.float64) - 0.5
+    return torch.allclose(
+        fm.frame.to_grid(corners), torch.tensor([(0, 0), fm.frame.grid], dtype=torch.float64) - 0.5, atol=1e-6
+    )

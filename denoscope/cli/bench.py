@@ -22,11 +22,15 @@ BENCHMARKS = {
     "pf-pascal": ("proposal_flow", "PFPascal"),
     "cub": ("cub", "CUB"),
     "keypoints": ("keypoints", "Keypoints"),
+    "pairs": ("pairs", "Pairs"),
     "hpatches": ("hpatches", "HPatches"),
     "dense": ("dense", "Dense"),
     "davis": ("davis", "DAVIS"),
     "jhmdb": ("jhmdb", "JHMDB"),
     "animal": ("jhmdb", "AnimalVideo"),
+    "few-shot": ("segmentation", "FewShot"),
+    "camvid": ("segmentation", "CamVid"),
+    "ade20k": ("segmentation", "ADE20K"),
 }
 
 Name = Annotated[str, typer.Argument(help=f"One of: {', '.join(BENCHMARKS)}.")]
@@ -63,6 +67,7 @@ def bench(
     join: options.Join = None,
     pca: options.Pca = None,
     feature: options.Feature = None,
+    recipe: options.Recipe = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
@@ -94,6 +99,7 @@ def bench(
         "join": join,
         "pca": pca,
         "feature": feature,
+        "recipe": recipe,
     }
     chosen = model or ([] if results else ["seedling"])
     extractors = [options.load_extractor(one, device, dtype, **asked) for one in chosen]
@@ -132,6 +138,7 @@ def sweep(
     size: options.Size = None,
     prompt: PromptTemplate = None,
     feature: options.Feature = None,
+    recipe: options.Recipe = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
@@ -147,7 +154,7 @@ def sweep(
 
     benchmark = make(name, data, settings)
     benchmark.items()
-    asked = {"preset": preset or benchmark.preset, "size": size, "seed": seed, "feature": feature}
+    asked = {"preset": preset or benchmark.preset, "size": size, "seed": seed, "feature": feature, "recipe": recipe}
     extractor = options.load_extractor(model, device, dtype, **asked)
     if not isinstance(extractor, Dift):
         raise InputError(f"{model} has no timesteps to sweep over; compare its sites with 'denoscope bench --site'.")

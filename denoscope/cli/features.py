@@ -25,6 +25,7 @@ def features(
     prompt: options.Prompt = None,
     join: options.Join = None,
     feature: options.Feature = None,
+    recipe: options.Recipe = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
@@ -51,7 +52,7 @@ def features(
             )
     asked = {"preset": preset, "t": t, "site": site, "ensemble": ensemble, "size": size, "prompt": prompt, "seed": seed}
     extract = options.load_extractor(
-        model, device, dtype, join, feature=feature, **asked
+        model, device, dtype, join, feature=feature, recipe=recipe, **asked
     )  # a wrong setting is one error, not many
     settings = json.loads(json.dumps(extract.describe()))
     console, failed, last = Console(), [], None

@@ -8,7 +8,21 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from denoscope.cli import bench, demo, features, guidance, match, models, propagate, sample, track, train
+from denoscope.cli import (
+    bench,
+    demo,
+    features,
+    guidance,
+    match,
+    models,
+    propagate,
+    sample,
+    segment,
+    shift,
+    track,
+    train,
+    tune,
+)
 from denoscope.errors import DenoscopeError
 
 app = typer.Typer(
@@ -21,7 +35,10 @@ app = typer.Typer(
 app.command("match")(match.match)
 app.command("propagate")(propagate.propagate)
 app.command("track")(track.track)
+app.command("segment")(segment.segment)
 app.command("features")(features.features)
+app.command("shift")(shift.shift)
+app.command("tune")(tune.tune)
 app.command("bench")(bench.bench)
 app.command("sweep")(bench.sweep)
 app.command("sample")(sample.sample)

@@ -33,6 +33,7 @@ def match(
     join: options.Join = None,
     pca: options.Pca = None,
     feature: options.Feature = None,
+    recipe: options.Recipe = None,
     soft: Annotated[float, typer.Option(help="Soft-argmax window in feature cells; 0 takes the best pixel.")] = 0.0,
     mutual: Annotated[
         bool, typer.Option("--mutual", help="Also match back and print the distance from the start.")
@@ -79,6 +80,7 @@ def match(
         "join": join,
         "pca": pca,
         "feature": feature,
+        "recipe": recipe,
     }
     if geometry:
         sparse = {"--points": points, "--mask": mask, "--soft": soft, "--mutual": mutual, "--heat": heat}

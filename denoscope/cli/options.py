@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
 
 from denoscope.errors import InputError
@@ -42,19 +43,33 @@ Feature = Annotated[
     typer.Option(
         "--feature",
         metavar="NAME=VALUE",
-        help="Another setting of the features: noise=none (clean latents), adaln=no and massive=keep (transformers as they "
-        "are), resample=linear; again for more.",
+        help="Another setting of the features: control=FOLDER@SCALE, lora=FILE@SCALE, denoise_from=60, second_t=150, "
+        "img2img=0.5, guidance=3, timestep_mode=gdf, pool=2, noise=none (clean latents), adaln=no and massive=keep "
+        "(transformers as they are), resample=linear; again for more.",
     ),
 ]
-Prompt = Annotated[str | None, typer.Option(help="What the picture shows, e.g. 'a photo of a cat'.")]
+Recipe = Annotated[
+    Path | None,
+    typer.Option("--recipe", help="Read features as this file says (of 'denoscope tune'); other options win over it."),
+]
+Prompt = Annotated[
+    str | None,
+    typer.Option(
+        help="What the picture shows, e.g. 'a photo of a cat'; preset:NAME (published ones), @FILE (captions by picture name) "
+        "or caption:MODEL (written by a model)."
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default what suits the device.")]
 
-# what --feature takes; massive also takes channel numbers
+# what --feature takes; () is anything, checked where it is used
 FEATURE_VALUES: dict[str, tuple[str, ...]] = {
-    "noise": ("none",), "adaln": ("yes", "no"), "massive": (), "resample": ("bicubic", "linear"),
+    "noise": ("none",), "adaln": ("yes", "no"), "massive": (), "resample": ("bicubic", "linear"), "control": (), "lora": (),
+    "denoise_from": (), "img2img": (), "second_t": (), "guidance": (), "timestep_mode": ("exact", "gdf"), "pool": (),
+    "long_prompts": ("cut", "chunks"),
 }  # fmt: skip
+_NUMBERS = {"denoise_from": int, "second_t": int, "pool": int, "img2img": float, "guidance": float}
 
 
 def load_extractor(
@@ -64,16 +79,49 @@ def load_extractor(
     join: list[str] | None = None,
     pca: int | None = None,
     feature: list[str] | None = None,
+    recipe: Path | None = None,
     **settings: Any,
 ) -> Any:
     """The models behind --model and --join with the settings of `features`, ready to be called with pictures."""
     from denoscope.features import load_extractor
 
-    return load_extractor(model, device, dtype, join=join or (), pca=pca, **settings, **feature_settings(feature))
+    model, told = asked_features(model, join, pca, feature, recipe, **settings)
+    return load_extractor(model, device, dtype, **told)
+
+
+def asked_features(
+    model: str,
+    join: list[str] | None = None,
+    pca: int | None = None,
+    feature: list[str] | None = None,
+    recipe: Path | None = None,
+    **settings: Any,
+) -> tuple[str, dict[str, Any]]:
+    """The model and the settings of `features.load_extractor` that the options and the recipe file ask for."""
+    from denoscope.features.recipes import read_recipe
+
+    given = {
+        **settings,
+        **feature_settings(feature),
+        **({"join": join} if join else {}),
+        **({"pca": pca} if pca else {}),
+    }
+    if recipe is None:
+        return model, given
+    file = read_recipe(recipe)
+    told = {name: value for name, value in given.items() if value is not None}
+    merged = {**file.settings, **told, "amalgamate": file.amalgamate, "techniques": file.techniques}
+    return model if _said("model") else file.model, merged
+
+
+def _said(parameter: str) -> bool:
+    """Whether the user wrote an option, rather than leaving it at its default."""
+    context = click.get_current_context(silent=True)
+    return context is not None and context.get_parameter_source(parameter) is click.core.ParameterSource.COMMANDLINE
 
 
 def feature_settings(given: list[str] | None) -> dict[str, Any]:
-    """What --feature says, as arguments of `features`."""
+    """What --feature says, as arguments of `features`; control and lora may come several times."""
     found: dict[str, Any] = {}
     for text in given or []:
         name, _, value = text.partition("=")
@@ -81,9 +129,21 @@ def feature_settings(given: list[str] | None) -> dict[str, Any]:
             raise InputError(f"--feature {text}: there is no setting {name!r}; known are {', '.join(FEATURE_VALUES)}.")
         known = FEATURE_VALUES[name]
         if not value or (known and value not in known):
-            takes = " or ".join(known) or "zero, keep or channel numbers"
-            raise InputError(f"--feature {text}: write {name}=VALUE with {takes} as the value.")
-        found[name] = value == "yes" if name == "adaln" else value
+            takes = {"massive": "zero, keep or channel numbers", "control": "FOLDER@SCALE", "lora": "FILE@SCALE"}
+            raise InputError(
+                f"--feature {text}: write {name}=VALUE with {' or '.join(known) or takes.get(name, 'a number')} as the value."
+            )
+        if name in _NUMBERS:
+            try:
+                found[name] = _NUMBERS[name](value)
+            except ValueError:
+                raise InputError(
+                    f"--feature {text}: {value!r} is no {'whole ' if _NUMBERS[name] is int else ''}number."
+                ) from None
+        elif name in ("control", "lora"):
+            found[name] = [*found.get(name, []), value]
+        else:
+            found[name] = value == "yes" if name == "adaln" else value
     return found
 
 

@@ -25,6 +25,7 @@ def propagate(
     size: options.Size = None,
     prompt: options.Prompt = None,
     feature: options.Feature = None,
+    recipe: options.Recipe = None,
     points: Annotated[int, typer.Option(help="At most so many random pixels under the edit are matched.")] = 1000,
     fit: Annotated[
         str, typer.Option(help="homography, or affine or similarity: less free, more robust.")
@@ -55,7 +56,7 @@ def propagate(
     painted = read_edit(edit, original.size)
     names = _names(targets)
     settings = {"preset": preset, "t": t, "site": site, "ensemble": ensemble, "size": size, "prompt": prompt}
-    extract = options.load_extractor(model, device, dtype, **settings, seed=seed, feature=feature)
+    extract = options.load_extractor(model, device, dtype, **settings, seed=seed, feature=feature, recipe=recipe)
     options.folder(out)
     found = ds.propagate_edit(
         extract,

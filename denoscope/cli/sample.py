@@ -67,6 +67,15 @@ def sample(
         float | None, typer.Option(help="How much of --start is replaced, 0 to 1; by default 0.8, and 1 with --mask.")
     ] = None,
     mask: Annotated[Path | None, typer.Option(help="Repaint --start only where this image is white.")] = None,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(help="ControlNet, FOLDER@SCALE, that sees the picture of --control-image; again for more."),
+    ] = None,
+    control_image: Annotated[
+        list[str] | None,
+        typer.Option(help="Picture for --control, FILE, or canny:FILE for its edges; one for all, or one for each."),
+    ] = None,
+    lora: Annotated[list[str] | None, typer.Option(help="LoRA, FILE@SCALE; again for more, which add up.")] = None,
     seed: options.Seed = 0,
     at_once: shared.AtOnce = 16,
     report: Annotated[
@@ -78,6 +87,8 @@ def sample(
 ) -> None:
     """Sample pictures; the same command again goes on where it stopped."""
     import denoscope as ds
+    from denoscope.denoisers.lora import adapters
+    from denoscope.features.technique import contents, loras
     from denoscope.sampling import APG, CFGZeroStar
 
     if count < 1 or at_once < 1:
@@ -91,7 +102,8 @@ def sample(
     denoiser = ds.load(model, device, dtype)
     shared.check_steps(steps, denoiser)
     given: dict[str, Any] = {"steps": steps, "solver": solver, "size": shared.parse_size(size, denoiser)}
-    pictures = _start(given, denoiser, start, strength, mask)
+    pictures = _start(given, denoiser, start, strength, mask) | _controlled(given, denoiser, control, control_image)
+    weights = loras(lora)
     n, sigmas = _levels(denoiser, given)
     partly = any(value is not None for value in (schedule, rate, k, always_last))
     chosen = shared.placement(n, schedule, rate, k, always_last, sigmas) if partly else None
@@ -138,6 +150,7 @@ def sample(
         "schedule": None if chosen is None else list(chosen.counts), "rescale": rescale, "negative": negative,
         "classifier": None if classifier is None else str(classifier), "scale": scale, "guide_at": guide_at,
         "solver": solver, "size": given["size"], **pictures, "seed": seed, "dtype": str(denoiser.dtype),
+        "lora": [[one.path, one.scale, contents(None, (), [one])[one.path]] for one in weights] or None,
     }  # fmt: skip
     variants = {"": given}
     if report:
@@ -147,7 +160,8 @@ def sample(
     state = _recorded(out, settings)
     total = count * max(len(words), 1)
     _not_fewer(out, variants, total, max(len(words), 1))
-    _make(denoiser, out, total, variants, told, labels, seed, at_once, state)
+    with adapters(denoiser, [(one.path, one.scale) for one in weights]):
+        _make(denoiser, out, total, variants, told, labels, seed, at_once, state)
     captions = [words[i % len(words)] if words else "" for i in range(total)]
     state["samples"] = [{"file": f"{i:06d}.png", "prompt": captions[i], "seed": seed + i} for i in range(total)]
     state.pop("report", None)
@@ -206,6 +220,34 @@ def _start(
     given |= {"start": resized, "strength": strength, "mask": inside, "size": size}
     painted = None if inside is None else sha256(inside.numpy().tobytes()).hexdigest()[:16]
     return {"start": picture.digest, "strength": strength, "mask": painted}
+
+
+def _controlled(
+    given: dict[str, Any], denoiser: Any, control: list[str] | None, images: list[str] | None
+) -> dict[str, Any]:
+    """Put the ControlNets and what they are shown into `given`; returns what names them in the record."""
+    import denoscope as ds
+    from denoscope.denoisers.control import control_input, load_control
+    from denoscope.features.technique import controls, shown
+
+    if not control:
+        _not_idle({"--control-image": images}, False, "is shown to a ControlNet; give --control")
+        return {}
+    if not images or len(images) not in (1, len(control)):
+        raise InputError(
+            f"There are {len(control)} --control and {len(images or [])} --control-image; give one for each."
+        )
+    networks = [load_control(one.model, denoiser) for one in controls(control)]
+    size: Any = given["size"] or tuple(side * denoiser.stride for side in denoiser.latent_shape()[:0:-1])
+    seen = [ds.read(image.removeprefix("canny:")) for image in images]
+    rows = []
+    for k, (one, network) in enumerate(zip(controls(control), networks, strict=True)):
+        image, picture = images[k % len(images)], seen[k % len(images)]
+        view = shown(one, picture, size, "bicubic") if image.startswith("canny:") else picture
+        rows.append(control_input(denoiser, network, view, size, one.scale))
+    given["control"] = tuple(rows)
+    named = [[image.startswith("canny:"), picture.digest] for image, picture in zip(images, seen, strict=True)]
+    return {"control": control, "control_image": named}
 
 
 def _levels(denoiser: Any, given: dict[str, Any]) -> tuple[int, list[float]]:

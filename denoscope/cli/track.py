@@ -44,6 +44,7 @@ def track(
     prompt: options.Prompt = None,
     join: options.Join = None,
     feature: options.Feature = None,
+    recipe: options.Recipe = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
@@ -73,7 +74,7 @@ def track(
     options.folder(out)
     settings = {"preset": preset or "temporal", "t": t, "site": site, "ensemble": ensemble, "size": size}
     extract = options.load_extractor(
-        model, device, dtype, **settings, prompt=prompt, seed=seed, join=join, feature=feature
+        model, device, dtype, **settings, prompt=prompt, seed=seed, join=join, feature=feature, recipe=recipe
     )
     own = {"context": context, "radius": radius, "topk": topk, "temperature": temperature}
     tracked = ds.track(extract, frames, **labels, **own)

@@ -2,14 +2,15 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from denoscope.cli import options
 from denoscope.errors import InputError
@@ -108,6 +109,173 @@ def classifier(
         said = (f"{share:.3f}" + ("" if t is None else f" at t = {t}") for t, share in zip(levels, shares, strict=True))
         print(f"Accuracy on {int(held.sum())} held-out pictures: {', '.join(said)}")
     print(f"Classifier of {', '.join(names)}: {out}")
+
+
+@app.command()
+def amalgam(
+    techniques: Annotated[Path, typer.Option(help="TOML or JSON file with a table of settings for each technique.")],
+    pairs: Annotated[
+        Path | None,
+        typer.Option(help="Pairs to learn from: a JSON list, a parquet of key points, or a folder like SPair-71k."),
+    ] = None,
+    examples: Annotated[
+        Path | None,
+        typer.Option(help="Instead of pairs: a folder of pictures with masks; learns weights for every pixel."),
+    ] = None,
+    validation: Annotated[
+        Path | None,
+        typer.Option(help="Pairs or examples that choose the best weights; by default some photos are held out."),
+    ] = None,
+    test: Annotated[
+        Path | None, typer.Option(help="Pairs that the chosen weights are measured on once, at the end.")
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Folder that the paths in JSON lists of pairs start from; by default the list's own."),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="File for the weights; a recipe (.toml) and a report (.json) lie beside it.")
+    ] = Path("runs/amalgam.safetensors"),
+    model: options.Model = "seedling",
+    preset: options.Preset = None,
+    t: options.T = None,
+    site: options.SiteName = None,
+    ensemble: options.Ensemble = None,
+    size: options.Size = None,
+    prompt: options.Prompt = None,
+    feature: options.Feature = None,
+    steps: Annotated[
+        int, typer.Option(help="Steps, a pair each (or a batch of pixels). Published: 10000 pairs.")
+    ] = 2000,
+    every: Annotated[int, typer.Option(help="Steps between looks at the validation pairs.")] = 250,
+    limit: Annotated[int | None, typer.Option(help="At most so many pairs of each list, spread evenly.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate; by default 5e-4 for pairs, 1e-3 for pixels.")] = None,
+    head: Annotated[
+        str, typer.Option(help="conv (a 3x3 convolution after the weights) or nn (none); pixels have none.")
+    ] = "conv",
+    weights: Annotated[
+        str, typer.Option(help="channel (a weight for every channel) or scalar (one for a map).")
+    ] = "channel",
+    count: Annotated[int, typer.Option(help="Number of assigners.")] = 1,
+    gamma1: Annotated[float, typer.Option(help="Weight of sparsity in the paper's loss.")] = 0.0,
+    gamma2: Annotated[
+        float, typer.Option(help="Weight of diversity in the paper's loss, for several assigners.")
+    ] = 0.0,
+    official: Annotated[
+        bool, typer.Option("--official", help="Loss, cells and PCK (512 x 512, rounded) as in the released code.")
+    ] = False,
+    cache: Annotated[Path | None, typer.Option(help="Folder for the pictures' maps; by default beside --out.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of weights, order and noise.")] = 0,
+    device: options.Device = "auto",
+    dtype: options.Dtype = None,
+) -> None:
+    """Learn how to weigh the features of several techniques; a run that was stopped goes on when it is called again."""
+    from denoscope.features.amalgam import Amalgam
+    from denoscope.features.extractor import Dift
+    from denoscope.features.recipes import read_techniques, write_recipe
+
+    if (pairs is None) == (examples is None):
+        raise InputError("Give either --pairs or --examples to learn from.")
+    if out.suffix != ".safetensors":
+        raise InputError(f"--out {out} must end in .safetensors.")
+    if not 0 <= seed < 1 << 62:
+        raise InputError(f"--seed is {seed}; it must be a whole number from 0 to 2^62.")
+    if examples is not None and test is not None:
+        raise InputError("--test is for pairs; measure weights of pixels with 'denoscope segment' or 'bench'.")
+    options.file(out, "--out")
+    for there in (out, out.with_suffix(".json"), out.with_suffix(".toml")):
+        if there.exists():
+            raise InputError(f"--out {out}: {there} is already there; choose another --out or delete it.")
+    wanted = read_techniques(techniques)
+    rate = {} if lr is None else {"lr": lr}
+    shared = {"steps": steps, "every": every, "weights": weights, "count": count, "gamma1": gamma1, "gamma2": gamma2}
+    shared |= {"official": official, "seed": seed, **rate}
+    cache = cache or out.with_name(f"{out.stem}-features")
+    settings = {"preset": preset, "t": t, "site": site, "ensemble": ensemble, "size": size, "prompt": prompt}
+
+    def extractor() -> Amalgam:
+        base = options.load_extractor(model, device, dtype, feature=feature, **settings, seed=seed)
+        if not isinstance(base, Dift):
+            raise InputError(f"{model} is no diffusion model; techniques are for those alone.")
+        return Amalgam(base, wanted)
+
+    if pairs is not None:
+        from denoscope.training.amalgam import AmalgamConfig, train_amalgam
+        from denoscope.training.pairs import read_training_pairs
+
+        config = AmalgamConfig(**shared, head=head)
+        data, *lists = read_training_pairs(pairs, validation, test, images, limit, seed, official)
+        chosen = extractor()
+        with _preparing() as prepared, _progress(steps) as report:
+            made = train_amalgam(
+                chosen,
+                data,
+                lists[0],
+                lists[1],
+                out,
+                cache,
+                test=lists[2],
+                config=config,
+                report=report,
+                prepared=prepared,
+            )
+        _amalgam_table(made.columns, f"{len(lists[1])} validation pairs", made.validation)
+        if made.test:
+            _amalgam_table(made.columns, f"{len(lists[2])} test pairs", made.test)
+        _amalgam_verdict(made.columns[int(official)], made.best, made.validation)
+    else:
+        from denoscope.segmentation import read_examples
+        from denoscope.training.pixel_amalgam import PixelAmalgamConfig, split_examples, train_pixel_amalgam
+
+        assert examples is not None
+        config = PixelAmalgamConfig(**shared)
+        labelled = read_examples(examples)
+        parts = split_examples(labelled, seed=seed) if validation is None else (labelled, read_examples(validation))
+        chosen = extractor()
+        with _preparing() as prepared, _progress(steps) as report:
+            told = train_pixel_amalgam(chosen, *parts, out, cache, config=config, report=report, prepared=prepared)
+        right = max(look["right"] for look in told["looks"])
+        print(
+            f"{100 * right:.1f} % of the pixels of {len(parts[1])} validation pictures right, at step {told['best']}."
+        )
+    given = {
+        name: value for name, value in {**settings, **options.feature_settings(feature)}.items() if value is not None
+    }
+    recipe = write_recipe(out.with_suffix(".toml"), model, given, {"trained": out.name}, out.name, wanted)
+    print(f"Weights: {out} (use them with --recipe {recipe})")
+
+
+def _amalgam_verdict(column: str, best: int, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    others = {name: row[column] for name, row in rows.items() if name != "trained"}
+    name, reached = max(others.items(), key=lambda other: other[1])
+    print(f"Best at step {best}: {column} {rows['trained'][column]:.1f} (chosen on these pairs, so a little too good).")
+    if reached >= rows["trained"][column]:
+        said = 'amalgamate = "mean"' if name == "mean" else f"the technique {name!r} alone"
+        print(f"Training did not help: {said} reaches {reached:.1f}. Use that, more pairs, or --head nn.")
+
+
+def _amalgam_table(columns: Sequence[str], title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, row in rows.items():
+        table.add_row(name, *(f"{row[column]:.1f}" for column in columns))
+    Console().print(table)
+
+
+@contextmanager
+def _preparing() -> Iterator[Callable[[int, int], None]]:
+    """A function to be told how many pictures of how many are read: a line every half minute, and the last."""
+    console, said = Console(), time.monotonic()
+
+    def told(made: int, pictures: int) -> None:
+        nonlocal said
+        if time.monotonic() - said > 30 or made == pictures:
+            said = time.monotonic()
+            console.print(f"features of {made}/{pictures} pictures", highlight=False)
+
+    yield told
 
 
 @contextmanager

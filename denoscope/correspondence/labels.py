@@ -18,6 +18,7 @@ from torch import Tensor
 from denoscope.errors import InputError, MissingError
 from denoscope.features import FeatureMap
 from denoscope.images import atomically
+from denoscope.images.palette import PALETTE
 
 Mask = UInt8[np.ndarray, "height width"]
 Labels = Float[Tensor, "classes rows columns"]
@@ -26,15 +27,6 @@ VOID = 255
 MOST = 32  # colours or grey levels that still are labels; more are a photo or soft edges
 SIGMA = 0.5  # of the Gaussian around a joint, in cells
 BEST = 3  # cells whose weighted mean is a joint's position
-
-
-def _palette() -> list[int]:
-    """The colours of DAVIS and PASCAL VOC: bit i of each channel, from the highest, is bit 3i + channel of the label."""
-    label = np.arange(256)[:, None] >> np.arange(3)
-    return sum(((label >> 3 * i) & 1) << (7 - i) for i in range(8)).flatten().tolist()  # pyright: ignore
-
-
-PALETTE = _palette()
 
 
 def read_mask_labels(source: str | Path | Image.Image | np.ndarray, name: str | None = None) -> Mask:

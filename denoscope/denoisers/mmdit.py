@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from denoscope.denoisers.protocol import Condition
+from denoscope.denoisers.residuals import of_rows, per_block, summed
 from denoscope.denoisers.schedule import NoiseSchedule
 from denoscope.denoisers.text import TextEncoder
 from denoscope.denoisers.transformer import TransformerDenoiser, asked
@@ -96,6 +97,21 @@ class SD3Denoiser(JointDenoiser):
             "pooled_projections": condition.extra["pooled_projections"].to(noisy),
         }
 
+    def _added(self, given: dict[str, Any], condition: Condition) -> dict[str, Any]:
+        blocks, batch = len(self._network.transformer_blocks), given["hidden_states"].shape[0]
+
+        def run(network: Any, image: Tensor, rows: Any) -> list[Tensor | None]:
+            told = of_rows(given, rows, batch)
+            if network.config.force_zeros_for_pooled_projection:
+                told["pooled_projections"] = torch.zeros_like(told["pooled_projections"])
+            if network.config.joint_attention_dim is None:  # the large ones of SD3.5 do not read the prompt
+                told["encoder_hidden_states"] = None
+            made = network(controlnet_cond=image, return_dict=False, **told)[0]
+            return per_block(made, [int(i / (blocks / len(made))) for i in range(blocks)])
+
+        found = summed(condition.controls, run)
+        return {} if found is None else {"block_controlnet_hidden_states": found}
+
     def _dummy(self) -> Condition:
         config = self._network.config
         tokens = torch.zeros(1, self.clip[0].length + SD3_T5_LENGTH, config.joint_attention_dim)
@@ -115,19 +131,28 @@ class Packed(nn.Module):
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, return_dict: bool = False, **given: Any
     ) -> Any:
-        height, width = (side // 2 for side in hidden_states.shape[-2:])
-        places = torch.cartesian_prod(torch.arange(height), torch.arange(width))
-        ids = F.pad(places, (1, 0)).to(hidden_states)
-        folded = F.pixel_unshuffle(hidden_states, 2).flatten(2).mT  # channel, then row and column inside the patch
+        size = [side // 2 for side in hidden_states.shape[-2:]]
         output = self.transformer(
-            hidden_states=folded,
+            hidden_states=folded(hidden_states),
             encoder_hidden_states=encoder_hidden_states,
-            img_ids=ids,
-            txt_ids=ids.new_zeros(encoder_hidden_states.shape[1], 3),
+            **places(hidden_states, encoder_hidden_states),
             return_dict=False,
             **given,
         )[0]
-        return (F.pixel_shuffle(output.mT.unflatten(2, (height, width)), 2),)
+        return (F.pixel_shuffle(output.mT.unflatten(2, size), 2),)
+
+
+def folded(latents: Tensor) -> Tensor:
+    """[batch, tokens, 4 channels]: channel, then row and column inside the patch."""
+    return F.pixel_unshuffle(latents, 2).flatten(2).mT
+
+
+def places(latents: Tensor, prompt: Tensor) -> dict[str, Tensor]:
+    """Where the tokens are: rows and columns of the image's; those of the prompt are nowhere."""
+    height, width = (side // 2 for side in latents.shape[-2:])
+    cells = torch.cartesian_prod(torch.arange(height), torch.arange(width))
+    ids = F.pad(cells, (1, 0)).to(latents)
+    return {"img_ids": ids, "txt_ids": ids.new_zeros(prompt.shape[1], 3)}
 
 
 class FluxDenoiser(JointDenoiser):
@@ -193,6 +218,33 @@ class FluxDenoiser(JointDenoiser):
         if "guidance" in condition.extra:
             given["guidance"] = condition.extra["guidance"].to(noisy.device)
         return given
+
+    def _added(self, given: dict[str, Any], condition: Condition) -> dict[str, Any]:
+        network, batch = self._network, given["hidden_states"].shape[0]
+        kinds = len(network.transformer_blocks), len(network.single_transformer_blocks)
+        dealt = {**given, "hidden_states": folded(given["hidden_states"])}
+        where = places(given["hidden_states"], given["encoder_hidden_states"])
+
+        def run(control: Any, image: Tensor, rows: Any) -> list[Tensor | None]:
+            told = of_rows(dealt, rows, batch)
+            if not control.config.guidance_embeds:
+                told.pop("guidance", None)
+            elif "guidance" not in told:
+                told["guidance"] = torch.full((len(image),), self.guidance, device=image.device)
+            hinted = control.input_hint_block is not None  # those of XLabs look at pixels, and repeat their residuals
+            made = control(controlnet_cond=image if hinted else folded(image), return_dict=False, **told, **where)
+            found: list[Tensor | None] = []
+            for residuals, blocks, repeat in zip(made, kinds, (hinted, False), strict=True):
+                k = len(residuals or (None,))
+                found += per_block(residuals, [i % k if repeat else i // -(-blocks // k) for i in range(blocks)])
+            return found
+
+        found = summed(condition.controls, run)
+        if found is None:
+            return {}
+        double, single = found[: kinds[0]], found[kinds[0] :]
+        names = {"controlnet_block_samples": double, "controlnet_single_block_samples": single}
+        return {name: residuals for name, residuals in names.items() if residuals and residuals[0] is not None}
 
     def _dummy(self) -> Condition:
         config = self._network.config

@@ -19,29 +19,111 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from denoscope.denoisers.schedule import NoiseSchedule, Timestep
+from denoscope.errors import InputError
 from denoscope.sites import Site
 
 
 @dataclass(frozen=True, eq=False)
+class ControlInput:
+    """A ControlNet and what it is shown, one row per sample; see `control.control_input`, which makes it.
+
+    image: as the network takes it: pixels in [0, 1] or [-1, 1], or latents. scale: what its residuals are multiplied by, on the
+    CPU; it does not run for rows of scale 0.
+    """
+
+    network: nn.Module
+    image: Float[Tensor, "batch channels height width"]
+    scale: Float[Tensor, " batch"]
+
+    def expand(self, batch: int) -> "ControlInput":
+        """One row repeated for `batch` samples (without copying)."""
+        return ControlInput(self.network, _repeated(self.image, batch), _repeated(self.scale, batch))
+
+    def rows(self, index: Any) -> "ControlInput":
+        return ControlInput(self.network, self.image[index], self.scale[index])
+
+
+@dataclass(frozen=True, eq=False)
 class Condition:
-    """What the network is told about the picture: prompt tokens and whatever else a family needs, one row per sample."""
+    """What the network is told about the picture: prompt tokens and whatever else a family needs, one row per sample.
+
+    controls: ControlNets that act beside; their residuals add up.
+    """
 
     tokens: Float[Tensor, "batch length width"] | None = None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+    controls: tuple[ControlInput, ...] = ()
 
     def expand(self, batch: int) -> "Condition":
         """A condition of one row repeated for `batch` samples (without copying)."""
+        tokens = None if self.tokens is None else _repeated(self.tokens, batch)
+        extra = {name: _repeated(value, batch) for name, value in self.extra.items()}
+        return Condition(tokens, extra, tuple(control.expand(batch) for control in self.controls))
 
-        def rows(value: Tensor) -> Tensor:
-            return value if value.shape[0] == batch else value.expand(batch, *value.shape[1:])
-
-        tokens = None if self.tokens is None else rows(self.tokens)
-        return Condition(tokens, {name: rows(value) for name, value in self.extra.items()})
+    def rows(self, index: Any) -> "Condition":
+        """The rows of an index (a slice, or numbers)."""
+        tokens = None if self.tokens is None else self.tokens[index]
+        extra = {name: value[index] for name, value in self.extra.items()}
+        return Condition(tokens, extra, tuple(control.rows(index) for control in self.controls))
 
     def beside(self, other: "Condition") -> "Condition":
         """The rows of this one and then those of another, for one forward pass over both."""
-        tokens = None if self.tokens is None or other.tokens is None else torch.cat([self.tokens, other.tokens])
-        return Condition(tokens, {name: torch.cat([value, other.extra[name]]) for name, value in self.extra.items()})
+        return Condition.stack([self, other])
+
+    @staticmethod
+    def stack(conditions: Sequence["Condition"]) -> "Condition":
+        """The rows of all, one after the other, for one forward pass.
+
+        A ControlNet that only some of them have does not act on the rows of the others (its scale is 0 there).
+
+        Raises InputError when they cannot share a pass: for prompts of different lengths, and for one ControlNet shown pictures
+        of different sizes.
+        """
+        if not conditions:
+            raise InputError("There are no conditions to stack.")
+        shapes = {None if one.tokens is None else tuple(one.tokens.shape[1:]) for one in conditions}
+        if len(shapes) > 1 or len({frozenset(one.extra) for one in conditions}) > 1:
+            raise InputError(f"Conditions of different forms cannot share a forward pass: {sorted(map(str, shapes))}.")
+        given = [one.tokens for one in conditions if one.tokens is not None]
+        extra = {name: torch.cat([one.extra[name] for one in conditions]) for name in conditions[0].extra}
+        return Condition(torch.cat(given) if given else None, extra, _united(conditions))
+
+    @property
+    def batch(self) -> int:
+        """The number of rows; 0 when nothing is told, which fits any number of samples."""
+        rows = [self.tokens, *self.extra.values(), *(control.image for control in self.controls)]
+        return next((value.shape[0] for value in rows if value is not None), 0)
+
+
+def _repeated(value: Tensor, batch: int) -> Tensor:
+    return value if value.shape[0] == batch else value.expand(batch, *value.shape[1:])
+
+
+def _united(conditions: Sequence[Condition]) -> tuple[ControlInput, ...]:
+    """Their ControlNets, each with a row for every row of all; one that acts twice in a condition acts twice here."""
+
+    def keyed(one: Condition) -> dict[tuple[int, int], ControlInput]:
+        networks = [id(control.network) for control in one.controls]
+        return {(net, networks[:k].count(net)): one.controls[k] for k, net in enumerate(networks)}
+
+    tables = [keyed(one) for one in conditions]
+    firsts = {key: control for table in reversed(tables) for key, control in table.items()}
+    united = []
+    for key in dict.fromkeys(key for table in tables for key in table):
+        first = firsts[key]
+        parts = []
+        for one, table in zip(conditions, tables, strict=True):
+            rows, found = one.batch, table.get(key)
+            if found is not None and found.image.shape[1:] != first.image.shape[1:]:
+                shapes = f"{list(first.image.shape[1:])} and {list(found.image.shape[1:])}"
+                raise InputError(f"One ControlNet is shown pictures of different sizes, {shapes}; use one size.")
+            if found is None and not rows:
+                raise InputError("A condition without rows cannot stand beside one with a ControlNet; expand it first.")
+            none = ControlInput(first.network, first.image.new_zeros(1, *first.image.shape[1:]), torch.zeros(1))
+            parts.append(none.expand(rows) if found is None else found)
+        images, scales = (torch.cat([getattr(part, name) for part in parts]) for name in ("image", "scale"))
+        united.append(ControlInput(first.network, images, scales))
+    return tuple(united)
 
 
 @dataclass(frozen=True, eq=False)

@@ -101,7 +101,15 @@ class TransformerDenoiser(ABC):
     def output(self, noisy: Tensor, t: float | Tensor, condition: Condition) -> Tensor:
         told = self._steps(t, noisy.shape[0], noisy.device)
         condition = condition.expand(noisy.shape[0])
-        return self.network(return_dict=False, **self._arguments(noisy.to(self.dtype), told, condition))[0].float()
+        given = self._arguments(noisy.to(self.dtype), told, condition)
+        added = self._added(given, condition) if condition.controls else {}
+        return self.network(return_dict=False, **given, **added)[0].float()
+
+    def _added(self, given: dict[str, Any], condition: Condition) -> dict[str, Any]:
+        """What ControlNets add to the network's arguments."""
+        raise InputError(
+            f"There are no ControlNets for {self.name}; use a model of Stable Diffusion, SDXL, SD3 or Flux."
+        )
 
     def predict(self, noisy: Tensor, t: Timestep, condition: Condition) -> Tensor:
         output = self.output(noisy, self.schedule.timestep(t), condition)

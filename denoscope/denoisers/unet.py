@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from denoscope.denoisers import autoencoder
 from denoscope.denoisers.protocol import Condition, Posterior
+from denoscope.denoisers.residuals import of_rows, summed
 from denoscope.denoisers.schedule import NoiseSchedule, Timestep
 from denoscope.denoisers.text import TextEncoder
 from denoscope.errors import InputError
@@ -115,8 +116,24 @@ class UNetDenoiser:
         return (config.in_channels, *map(int, asked))
 
     def output(self, noisy: Tensor, t: float | Tensor, condition: Condition) -> Tensor:
-        given = self._given(noisy, condition.expand(noisy.shape[0]))
-        return self.unet(noisy.to(self.dtype), t, return_dict=False, **given)[0].float()
+        condition, noisy = condition.expand(noisy.shape[0]), noisy.to(self.dtype)
+        given = self._given(noisy, condition)
+        added = self._added(noisy, t, condition, given) if condition.controls else {}
+        return self.unet(noisy, t, return_dict=False, **given, **added)[0].float()
+
+    def _added(self, noisy: Tensor, t: float | Tensor, condition: Condition, given: dict[str, Any]) -> dict[str, Any]:
+        """What ControlNets add to the skips and to the middle block."""
+        batch = noisy.shape[0]
+
+        def run(network: Any, image: Tensor, rows: Any) -> list[Tensor]:
+            told = of_rows({"timestep": t, "sample": noisy, **given}, rows, batch)
+            down, mid = network(controlnet_cond=image, return_dict=False, **told)
+            return [*down, mid]
+
+        found = summed(condition.controls, run)
+        if found is None:
+            return {}
+        return {"down_block_additional_residuals": found[:-1], "mid_block_additional_residual": found[-1]}
 
     def _given(self, noisy: Tensor, condition: Condition) -> dict[str, Any]:
         """What the network is called with beside noisy latents and timestep."""

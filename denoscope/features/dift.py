@@ -1,147 +1,50 @@
-"""DIFT: dense features from one noising step and one partial forward pass of a diffusion model.
+"""DIFT: dense features from one noising step and one partial forward pass of a diffusion model, and techniques around it.
 
 Tang, Jia, Wang, Phoo and Hariharan, "Emergent Correspondence from Image Diffusion", NeurIPS 2023 (arXiv 2306.03881), section 4:
 add the noise of timestep t to the picture, run the network, read one decoder activation, average over draws of the noise.
+Meng et al., "Suppress Content Shift", NeurIPS 2024 (arXiv 2410.06719), section 4: tell the model more about the picture
+(prompt, ControlNet, LoRA) or denoise a little before reading, so that it re-imagines the picture closer to what it is.
 
-Where this differs from the published code, the result does not: the picture is encoded once for the whole ensemble (the
-published code encodes every copy), and the network stops inside the forward pass as soon as the site has been seen.
+Where this differs from the published code, the result does not: the picture is encoded once for the whole ensemble and all
+techniques (the published code encodes every copy), prompts, timesteps, draws and ControlNets of one picture share a batch, and
+the network stops inside the forward pass as soon as the last site has been seen.
 """
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from denoscope.denoisers.control import control_input, load_control
+from denoscope.denoisers.lora import adapters
 from denoscope.denoisers.noise import Noise
-from denoscope.denoisers.protocol import Condition, Denoiser
+from denoscope.denoisers.protocol import Condition, Denoiser, Posterior
+from denoscope.denoisers.text import long_prompts
 from denoscope.errors import InputError
 from denoscope.features import ditf
+from denoscope.features.denoising import denoised, effective, repainted
 from denoscope.features.feature_map import FeatureMap
 from denoscope.features.fusing import concatenate
-from denoscope.features.presets import NAMES, PRESETS
+from denoscope.features.prompts import resolve
+from denoscope.features.recipe import Recipe, Size, recipe, resolve_size, varied
+from denoscope.features.sets import Reading, expand, readings
+from denoscope.features.technique import shown
 from denoscope.images import Frame, Picture
-from denoscope.images.picture import MAX_PIXELS, Resample
 from denoscope.sites import Watch
 
-Size = int | str | tuple[int, int]
+__all__ = [
+    "Recipe", "Size", "feature_maps", "feature_sets", "member_maps", "recipe", "resolve_size", "varied",
+]  # fmt: skip
+
 _CELLS_AT_ONCE = 4 * 96 * 96  # latent cells per forward pass on the CPU: four members of a 768 px picture
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What to read: timestep, site, ensemble size, prompt (or class number), picture size and filter, all decided.
-
-    noise: "drawn", or "none" for clean latents. adaln, massive: see `features`.
-    """
-
-    t: int
-    site: str
-    ensemble: int
-    size: Size
-    prompt: str | int | None = None
-    preset: str | None = None
-    resample: Resample = "bicubic"
-    noise: str = "drawn"
-    adaln: bool = False
-    massive: str = "keep"
-
-
-def recipe(
-    denoiser: Denoiser,
-    preset: str | None = None,
-    t: int | None = None,
-    site: str | None = None,
-    ensemble: int | None = None,
-    prompt: str | int | None = None,
-    size: Size | None = None,
-    resample: Resample | None = None,
-    noise: str | None = None,
-    adaln: bool | None = None,
-    massive: str | None = None,
-) -> Recipe:
-    """The denoiser's preset ("semantic" unless said) with whatever is given put in its place.
-
-    Clean latents (`noise="none"`) are all alike, so their ensemble is 1 unless said. Without a word about `adaln` and
-    `massive`, outputs of transformer blocks are modulated and lose their massive channels, and other sites are left alone.
-
-    Raises InputError for unknown presets and sites, timesteps outside the schedule, empty ensembles, and a treatment of
-    transformer blocks where there is none.
-    """
-    presets: Mapping[str, Any] = {**PRESETS.get(denoiser.family, {}), **denoiser.presets}
-    name = preset or "semantic"
-    if name not in presets:
-        raise InputError(
-            f"There is no preset {name!r} for {denoiser.name}; choose one of {', '.join(presets or NAMES)}."
-        )
-    given = {"t": t, "site": site, "ensemble": ensemble, "prompt": prompt, "size": size, "resample": resample}
-    given |= {"noise": noise, "adaln": adaln, "massive": massive}
-    own = presets[name] if noise != "none" else {**presets[name], "ensemble": 1}
-    settings = {**own, **{k: v for k, v in given.items() if v is not None}}
-    settings.pop("propagation", None)  # what tracking does with the features, see `propagation_settings`
-    for key in ("t", "site", "ensemble", "size"):
-        if key not in settings:
-            raise InputError(f"The preset {name!r} of {denoiser.name} does not say {key}; complete its denoscope.json.")
-    if unknown := sorted(set(settings) - set(given)):
-        raise InputError(f"The preset {name!r} of {denoiser.name} has an unknown key {unknown[0]!r}.")
-    block = ditf.applies(denoiser, settings["site"])
-    if not block and (adaln or massive not in (None, "keep")):
-        raise InputError(
-            f"adaln and massive are for outputs of transformer blocks (block.N of DiT, PixArt, SD3, Flux), not for "
-            f"{settings['site']} of {denoiser.name}."
-        )
-    settings |= {} if block else {"adaln": False, "massive": "keep"}
-    chosen = Recipe(**{"adaln": block, "massive": "zero" if block else "keep", **settings}, preset=name)
-    if chosen.noise not in ("drawn", "none"):
-        raise InputError(f'noise is "drawn" or "none", not {chosen.noise!r}.')
-    denoiser.schedule.check(chosen.t)
-    if not isinstance(chosen.ensemble, int) or chosen.ensemble < 1:
-        raise InputError(f"The ensemble needs at least 1 member, not {chosen.ensemble}.")
-    return chosen
-
-
-def resolve_size(size: Size, picture: tuple[int, int], multiple: int = 1, minimum: int = 1) -> tuple[int, int]:
-    """(width, height) that a picture of (width, height) is resized to.
-
-    size: (width, height), "WxH", N or "N" (a square, as the published code has it), "shortN" (short side N, long side
-        rounded down to a multiple of 32, as the published video code has it), "longN" (long side N, both sides rounded to
-        multiples of 8 and at least the model's minimum), or 0 (no resizing). Where `multiple` asks for others than 32 and 8
-        (14, the patch of DINOv2), it takes their place.
-        `features` also takes several joined by "+": "long48+long96".
-
-    Raises InputError when it cannot be understood, or the model cannot take the result.
-    """
-    w, h = picture
-    text = "x".join(map(str, size)) if isinstance(size, tuple) else str(size)
-    if found := re.fullmatch(r"(\d+)x(\d+)", text):
-        target = int(found[1]), int(found[2])
-    elif found := re.fullmatch(r"short(\d+)", text):
-        short, step = int(found[1]), multiple if 32 % multiple else 32
-        target = tuple(short if side == min(w, h) else side * short // min(w, h) // step * step for side in (w, h))
-    elif found := re.fullmatch(r"long(\d+)", text):
-        if int(found[1]) < minimum:
-            raise InputError(f"{text} is too small; this model needs sides of at least {minimum} pixels.")
-        scale, step = int(found[1]) / max(w, h), -(-8 // multiple) * multiple
-        target = tuple(max(minimum, step, round(side * scale / step) * step) for side in (w, h))
-    elif text.isdecimal():
-        target = (int(text), int(text)) if int(text) else (w, h)
-    else:
-        raise InputError(
-            f"Size {text!r} is not understood; write 768, 768x512, short480, long512, 0 or several joined by +."
-        )
-    if min(target) < minimum:
-        raise InputError(f"{target[0]}x{target[1]} pixels is too small; this model needs sides of at least {minimum}.")
-    if target[0] * target[1] > MAX_PIXELS:
-        raise InputError(
-            f"{target[0]}x{target[1]} is more than {MAX_PIXELS // 1_000_000} megapixels; use a smaller size."
-        )
-    if any(side % multiple for side in target):
-        nearest = "x".join(str(max(1, int(side / multiple + 0.5)) * multiple) for side in target)
-        raise InputError(f"This model needs sides that are multiples of {multiple}; use size {nearest}.")
-    return target[0], target[1]
+Draws = Noise | Literal["none", "shared"] | None
+Values = dict[str, Tensor]  # by site, [channels, height, width]
 
 
 def feature_maps(
@@ -149,100 +52,339 @@ def feature_maps(
     picture: Picture,
     chosen: Recipe,
     sites: Sequence[str],
-    noise: Noise | Literal["none"] | None = None,
+    noise: Draws = None,
     seed: int = 0,
     chunk: int | None = None,
 ) -> dict[str, FeatureMap]:
     """Features of one picture at several sites from the same forward passes; see `features` for the arguments."""
-    if isinstance(chosen.size, str) and "+" in chosen.size:
-        parts = [
-            feature_maps(denoiser, picture, replace(chosen, size=size), sites, noise, seed, chunk)
-            for size in chosen.size.split("+")
-        ]
-        return {site: concatenate([part[site] for part in parts]) for site in sites}
-    width_height = resolve_size(chosen.size, picture.size, denoiser.multiple, denoiser.minimum)
-    posterior = denoiser.posterior(picture.resized(width_height, chosen.resample)[None])
-    shape = tuple(posterior.mean.shape[1:])
-    clean = noise == "none" or (noise is None and chosen.noise == "none")
-    if isinstance(noise, Noise) or clean:
-        draws = noise if isinstance(noise, Noise) else None
-    else:
-        key = (seed, picture.digest, chosen.t, chosen.ensemble)
-        draws = Noise.draw(shape, *key, posterior=posterior.std is not None)
-    if draws is not None and draws.shape != shape:
-        raise InputError(f"The noise is {list(draws.shape)} but the latents are {list(shape)}.")
-    if maps := [site.name for site in denoiser.sites(sizes=False) if site.kind == "map" and site.name in sites]:
-        raise InputError(f"{maps[0]} is no map of features; choose a block, resnet, attention, query, key or value.")
-    condition = denoiser.condition(None if chosen.prompt is None else [chosen.prompt])  # pyright: ignore[reportArgumentType]
+    return feature_sets(denoiser, picture, {"": chosen}, sites=sites, noise=noise, seed=seed, chunk=chunk)[""]
 
-    def members(part: slice) -> list[Tensor]:
-        if draws is None:
-            noisy = posterior.mean
-        else:
-            noisy = posterior.sample(None if draws.posterior is None else draws.posterior[part])
-            if draws.diffusion is not None:
-                noisy = denoiser.schedule.add_noise(noisy, draws.diffusion[part].to(noisy), chosen.t)
-        with torch.no_grad(), Watch(denoiser, sites) as seen:
-            denoiser.predict(noisy, chosen.t, condition)
-        return [seen[site].float().sum(0) for site in sites]
 
-    sums = _chunked(members, chosen.ensemble, chunk or _members_at_once(denoiser, shape))
-    found = {}
-    for site, total in zip(sites, sums, strict=True):
-        values, treatment = _treated(denoiser, chosen, site, total / chosen.ensemble, condition, shape)
-        if values.device.type != "meta" and not values.isfinite().all():
-            raise InputError(f"The features are not finite in {denoiser.dtype}; load the model in bfloat16 or float32.")
+def feature_sets(
+    denoiser: Denoiser,
+    picture: Picture,
+    recipes: Mapping[str, Recipe],
+    *,
+    sites: Sequence[str] | None = None,
+    noise: Draws = None,
+    seed: int = 0,
+    chunk: int | None = None,
+) -> dict[str, dict[str, FeatureMap]]:
+    """Features of one picture under several recipes, in as few forward passes as they need together.
+
+    sites: read at these for every recipe; by default each at its own. noise: explicit draws, the same for all recipes; "shared"
+    for draws that depend on picture and seed but not on the timestep; "none" for clean latents; by default drawn for each.
+    chunk: rows per forward pass; by default as many as fit.
+
+    Returns maps by recipe name and site. Raises InputError for features that are not finite and as `recipe` does.
+    """
+    parts = {
+        (name, k): replace(one, size=size)
+        for name, one in recipes.items()
+        for k, size in enumerate(one.size.split("+") if isinstance(one.size, str) else [one.size])
+    }
+    work = _Work(denoiser, picture, parts, sites, noise, seed)
+    sums: dict[Any, dict[int, Values]] = defaultdict(dict)
+    for key, t, _, values in work.run(chunk):
+        total = sums[key].setdefault(t, {site: torch.zeros_like(value) for site, value in values.items()})
+        for site, value in values.items():
+            total[site] += value
+    found: dict[Any, dict[str, FeatureMap]] = {}
+    for key, plan in work.plans.items():
+        means = {t: {s: v / plan.recipe.ensemble for s, v in total.items()} for t, total in sums.pop(key).items()}
+        found[key] = {site: plan.feature_map(work, site, *plan.finish(work, site, means)) for site in plan.sites}
+    sizes = {name: [found[key] for key in parts if key[0] == name] for name in recipes}
+    return {
+        name: {s: concatenate([part[s] for part in maps]) if len(maps) > 1 else maps[0][s] for s in maps[0]}
+        for name, maps in sizes.items()
+    }
+
+
+def member_maps(
+    denoiser: Denoiser,
+    picture: Picture,
+    recipes: Mapping[str, Recipe],
+    *,
+    sites: Sequence[str] | None = None,
+    noise: Draws = None,
+    seed: int = 0,
+    chunk: int | None = None,
+) -> Iterator[tuple[str, int, Values]]:
+    """As `feature_sets`, but every member of the ensembles by itself, as it comes: (recipe name, member, values by site)."""
+    if several := [one.size for one in recipes.values() if isinstance(one.size, str) and "+" in one.size]:
+        raise InputError(f"Members of ensembles are read at one size, not at {several[0]}.")
+    work = _Work(denoiser, picture, recipes, sites, noise, seed)
+    waiting: dict[Any, dict[int, Values]] = defaultdict(dict)
+    for key, t, member, values in work.run(chunk):
+        plan, held = work.plans[key], waiting[key, member]
+        held[t] = values
+        if len(held) == len(plan.times):
+            del waiting[key, member]
+            yield key, member, {site: plan.finish(work, site, held)[0] for site in plan.sites}
+
+
+def _encoded(denoiser: Denoiser, picture: Picture, size: tuple[int, int], resample: Any) -> Posterior:
+    return denoiser.posterior(picture.resized(size, resample)[None])
+
+
+@dataclass(frozen=True, eq=False)
+class _Row:
+    """One row of a batch. The activations of a member are the sum of its rows', each times its weight."""
+
+    key: Any
+    t: int
+    member: int
+    weight: float
+    noisy: Tensor
+    condition: Condition
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """A recipe, worked out for one picture. times: that are read, as the network is told them."""
+
+    recipe: Recipe
+    sites: list[str]
+    readings: list[Reading]
+    size: tuple[int, int]
+    posterior: Posterior
+    prompt: str | int | None
+    condition: Condition
+    unconditional: Condition | None
+    times: tuple[int, ...]
+    draws: dict[int, Noise | None]
+    seed: int | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.posterior.mean.shape[1:])
+
+    @property
+    def clean(self) -> bool:
+        return all(noise is None for noise in self.draws.values())
+
+    def rows(self, key: Any, denoiser: Denoiser) -> Iterator[_Row]:
+        s = self.recipe.guidance
+        for t in self.times:
+            noisy = self._noisy(denoiser, t)
+            for member in range(self.recipe.ensemble):
+                one = noisy[member : member + 1]
+                if s != 0:
+                    yield _Row(key, t, member, 1.0 if s is None else float(s), one, self.condition)
+                if s is not None and s != 1:
+                    assert self.unconditional is not None
+                    yield _Row(key, t, member, 1 - float(s), one, self.unconditional)
+
+    def _noisy(self, denoiser: Denoiser, t: int) -> Tensor:
+        """What the network is fed at t, a row for each member."""
+        n, noise = self.recipe.ensemble, self.draws[t]
+        if noise is None:
+            return self.posterior.mean.expand(n, *self.shape)
+        x = self.posterior.sample(noise.posterior).expand(n, *self.shape)
+        if noise.diffusion is None:
+            return x
+        eps = noise.diffusion.to(x)
+        if self.recipe.img2img is not None:
+            x = repainted(denoiser, x, eps, self.recipe, self.prompt, self.condition.controls)
+        if self.recipe.denoise_from is not None:
+            return denoised(denoiser, x, eps, self.recipe, self.prompt, self.condition.controls)
+        return denoiser.schedule.add_noise(x, eps, t)
+
+    def finish(self, work: "_Work", site: str, values: Mapping[int, Values]) -> tuple[Tensor, dict[str, Any]]:
+        """The features of a site from its activations at every timestep, and what was done to them."""
+        treated = [_treated(work.denoiser, self, site, t, values[t][site]) for t in self.times]
+        mean = torch.stack([one for one, _ in treated]).mean(0) if len(treated) > 1 else treated[0][0]
+        if self.recipe.pool > 1:
+            h, w = (max(1, side // self.recipe.pool) for side in mean.shape[1:])
+            mean = F.adaptive_avg_pool2d(mean, (h, w))
+        if mean.device.type != "meta" and not mean.isfinite().all():
+            raise InputError(
+                f"The features are not finite in {work.denoiser.dtype}; load the model in bfloat16 or float32."
+            )
+        return mean, treated[0][1]
+
+    def feature_map(self, work: "_Work", site: str, values: Tensor, treatment: dict[str, Any]) -> FeatureMap:
+        chosen = self.recipe
         made = {
-            "model": denoiser.name,
+            "model": work.denoiser.name,
             "preset": chosen.preset,
-            "t": chosen.t,
+            "t": self.times[0],
             "site": site,
             "ensemble": chosen.ensemble,
-            "prompt": chosen.prompt,
-            "size": list(width_height),
+            "prompt": self.prompt,
+            "size": list(self.size),
             "resample": chosen.resample,
-            "seed": None if isinstance(noise, Noise) else seed,
-            "noise": "given" if isinstance(noise, Noise) else "none" if clean else "drawn",
+            "seed": self.seed,
+            "noise": "given" if isinstance(work.noise, Noise) else "none" if self.clean else "drawn",
             **treatment,
-            "dtype": str(denoiser.dtype).removeprefix("torch."),
-            "picture": str(picture.path) if picture.path else None,
+            **{name: value for name, value in chosen.described().items() if name in _EXTRA},
+            "dtype": str(work.denoiser.dtype).removeprefix("torch."),
+            "picture": str(work.picture.path) if work.picture.path else None,
             "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
         }
-        frame = Frame.of(picture.size).resize(width_height).resize((values.shape[2], values.shape[1]))
-        found[site] = FeatureMap(values, frame, made, picture)
-    return found
+        frame = Frame.of(work.picture.size).resize(self.size).resize((values.shape[2], values.shape[1]))
+        return FeatureMap(values, frame, made, work.picture)
 
 
-def _treated(
-    denoiser: Denoiser, chosen: Recipe, site: str, values: Tensor, condition: Condition, shape: tuple[int, ...]
-) -> tuple[Tensor, dict[str, Any]]:
+_EXTRA = (
+    "control", "lora", "denoise_from", "img2img", "second_t", "guidance", "timestep_mode", "pool", "long_prompts",
+)  # fmt: skip
+
+
+class _Work:
+    """All that is to be read of one picture."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        picture: Picture,
+        recipes: Mapping[Any, Recipe],
+        sites: Sequence[str] | None,
+        noise: Draws,
+        seed: int,
+    ):
+        self.denoiser, self.picture, self.recipes = denoiser, picture, recipes
+        self.sites, self.noise, self.seed = sites, noise, seed
+        self.plans: dict[Any, _Plan] = {}
+        self._posteriors: dict[Any, Posterior] = {}
+
+    def run(self, chunk: int | None) -> Iterator[tuple[Any, int, int, Values]]:
+        """(key, timestep, member, activations by site), as they come."""
+        groups: dict[Any, list[Any]] = defaultdict(list)
+        for key, one in self.recipes.items():
+            groups[one.lora, one.long_prompts].append(key)
+        for (loras, long), keys in groups.items():
+            with ExitStack() as stack:
+                if loras:
+                    stack.enter_context(adapters(self.denoiser, [(lora.path, lora.scale) for lora in loras]))
+                if long == "chunks":
+                    stack.enter_context(long_prompts(self.denoiser))
+                batches: dict[Any, list[_Row]] = defaultdict(list)
+                for key in keys:
+                    plan = self.plans[key] = self._plan(self.recipes[key])
+                    tokens = plan.condition.tokens
+                    alike = (plan.shape, tuple(plan.sites), None if tokens is None else tokens.shape[1])
+                    batches[alike] += plan.rows(key, self.denoiser)
+                for (shape, *_), rows in batches.items():
+                    yield from self._read(rows, chunk or _rows_at_once(self.denoiser, shape))
+
+    def _plan(self, chosen: Recipe) -> _Plan:
+        denoiser, picture = self.denoiser, self.picture
+        size = resolve_size(chosen.size, picture.size, denoiser.multiple, denoiser.minimum)
+        if (size, chosen.resample) not in self._posteriors:
+            self._posteriors[size, chosen.resample] = _encoded(denoiser, picture, size, chosen.resample)
+        posterior = self._posteriors[size, chosen.resample]
+        shape = tuple(posterior.mean.shape[1:])
+        sites = list(dict.fromkeys(self.sites if self.sites is not None else expand(denoiser, chosen.site)))
+        if maps := [site.name for site in denoiser.sites(sizes=False) if site.kind == "map" and site.name in sites]:
+            raise InputError(
+                f"{maps[0]} is no map of features; choose a block, resnet, attention, query, key, value or attention.up_cross."
+            )
+        prompt = resolve(chosen.prompt, picture)
+        condition = denoiser.condition(None if prompt is None else [prompt])  # pyright: ignore[reportArgumentType]
+        unconditional = denoiser.condition(None) if chosen.guidance is not None else None
+        given = []
+        for control in chosen.control:
+            network = load_control(control.model, denoiser)
+            given.append(
+                control_input(denoiser, network, shown(control, picture, size, chosen.resample), size, control.scale)
+            )
+        if given:
+            condition = replace(condition, controls=tuple(given))
+            unconditional = unconditional and replace(unconditional, controls=tuple(given))
+        times = tuple(
+            dict.fromkeys(effective(denoiser, chosen, t) for t in (chosen.t, chosen.second_t) if t is not None)
+        )
+        seed = chosen.seed if chosen.seed is not None else self.seed
+        draws: dict[int, Noise | None] = {}
+        for t in times:
+            if isinstance(self.noise, Noise):
+                draws[t] = self.noise
+            elif self.noise == "none" or chosen.noise == "none":
+                draws[t] = None
+            else:
+                named = -1 if self.noise == "shared" else t
+                key = (seed, picture.digest, named, chosen.ensemble)
+                draws[t] = Noise.draw(shape, *key, posterior=posterior.std is not None)
+        for noise in draws.values():
+            if noise is not None and noise.shape != shape:
+                raise InputError(f"The noise is {list(noise.shape)} but the latents are {list(shape)}.")
+            if noise is not None and noise.members < chosen.ensemble:
+                raise InputError(f"The noise has {noise.members} members but the ensemble {chosen.ensemble}.")
+        recorded = None if isinstance(self.noise, Noise) else seed
+        return _Plan(
+            chosen,
+            sites,
+            readings(denoiser, sites),
+            size,
+            posterior,
+            prompt,
+            condition,
+            unconditional,
+            times,
+            draws,
+            recorded,
+        )
+
+    def _read(self, rows: Sequence[_Row], chunk: int) -> Iterator[tuple[Any, int, int, Values]]:
+        plan = self.plans[rows[0].key]
+        names = list(dict.fromkeys(name for reading in plan.readings for name in reading.watch))
+        latent = plan.shape[-2], plan.shape[-1]
+
+        def run(part: Sequence[_Row]) -> list[Values]:
+            times = [row.t for row in part]
+            same = all(row.condition is part[0].condition for row in part)
+            condition = part[0].condition if same else Condition.stack([row.condition for row in part])
+            with torch.no_grad(), Watch(self.denoiser, names) as seen:
+                t = times[0] if len(set(times)) == 1 else torch.tensor(times)
+                self.denoiser.predict(torch.cat([row.noisy for row in part]), t, condition)
+            found = {reading.name: reading.values(seen.seen, latent).float() for reading in plan.readings}
+            return [
+                {site: values[i] * row.weight if row.weight != 1 else values[i] for site, values in found.items()}
+                for i, row in enumerate(part)
+            ]
+
+        expected = defaultdict(int)
+        for row in rows:
+            expected[row.key, row.t, row.member] += 1
+        sums: dict[Any, Values] = {}
+        for row, values in _chunked(run, rows, chunk):
+            which = row.key, row.t, row.member
+            sums[which] = {s: sums[which][s] + v for s, v in values.items()} if which in sums else values
+            expected[which] -= 1
+            if not expected[which]:
+                yield *which, sums.pop(which)
+
+
+def _treated(denoiser: Denoiser, plan: _Plan, site: str, t: int, values: Tensor) -> tuple[Tensor, dict[str, Any]]:
     """The DiTF treatment that a recipe asks for, and what it was."""
+    chosen = plan.recipe
     if not ditf.applies(denoiser, site) or not (chosen.adaln or chosen.massive != "keep"):
         return values, {"adaln": False, "massive": "keep"}
-    channels = ditf.channels_to_zero(denoiser, chosen.massive, site, chosen.t, values.shape[0])
-    shift, scale = ditf.modulation(denoiser, site, chosen.t, condition, shape[1:]) if chosen.adaln else (None, None)
+    channels = ditf.channels_to_zero(denoiser, chosen.massive, site, t, values.shape[0])
+    shift, scale = ditf.modulation(denoiser, site, t, plan.condition, plan.shape[1:]) if chosen.adaln else (None, None)
     made = {"adaln": chosen.adaln, "massive": chosen.massive, "massive_channels": list(channels)}
     return ditf.treated(values, channels, shift, scale), made
 
 
-def _members_at_once(denoiser: Denoiser, shape: tuple[int, ...]) -> int:
+def _rows_at_once(denoiser: Denoiser, shape: tuple[int, ...]) -> int:
     return 1 << 30 if denoiser.device.type == "cuda" else max(1, _CELLS_AT_ONCE // (shape[-1] * shape[-2]))
 
 
-def _chunked(members: Callable[[slice], list[Tensor]], count: int, chunk: int) -> list[Tensor]:
-    """Sums of `members(slice)` over `count` members; a GPU that runs out of memory gets half as many at once."""
-    totals: list[Tensor] = []
+def _chunked(
+    run: Callable[[Sequence[_Row]], list[Values]], rows: Sequence[_Row], chunk: int
+) -> Iterator[tuple[_Row, Values]]:
+    """Each row with its values, `chunk` rows a pass; a GPU that runs out of memory gets half as many at once."""
     start = 0
-    while start < count:
-        stop = min(count, start + chunk)
+    while start < len(rows):
+        part = rows[start : start + chunk]
         try:
-            part = members(slice(start, stop))
+            values = run(part)
         except torch.OutOfMemoryError:
-            if stop - start == 1:
+            if len(part) == 1:
                 raise
-            chunk = (stop - start) // 2
+            chunk = len(part) // 2
             torch.cuda.empty_cache()
             continue
-        totals = [total + new for total, new in zip(totals, part, strict=True)] if totals else part
-        start = stop
-    return totals
+        yield from zip(part, values, strict=True)
+        start += len(part)

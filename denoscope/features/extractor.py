@@ -1,16 +1,19 @@
 """`Extractor`: anything that turns a picture into a `FeatureMap`; matching and benchmarks need not know what it is."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from denoscope.denoisers.noise import Noise
 from denoscope.denoisers.protocol import Denoiser
 from denoscope.encoders.protocol import Encoder
 from denoscope.errors import InputError
-from denoscope.features.dift import Recipe, Size, feature_maps, recipe
+from denoscope.features.amalgamation import aggregate
+from denoscope.features.dift import Draws, Recipe, Size, feature_maps, recipe
 from denoscope.features.encoding import EncoderFeatures, encoder_recipe
 from denoscope.features.feature_map import FeatureMap
+from denoscope.features.sets import expand
+from denoscope.features.technique import contents
 from denoscope.features.weights import weights_digest
 from denoscope.images import Picture, read
 from denoscope.images.picture import Resample
@@ -38,7 +41,7 @@ class Dift:
 
     denoiser: Denoiser
     recipe: Recipe
-    noise: Noise | Literal["none"] | None = None
+    noise: Draws = None
     seed: int = 0
     chunk: int | None = None
 
@@ -50,10 +53,13 @@ class Dift:
         dtype = str(self.denoiser.dtype).removeprefix("torch.")
         noise = "given" if isinstance(self.noise, Noise) else self.noise or self.recipe.noise
         own = {"model": self.name, "weights": weights_digest(self.denoiser.network), "dtype": dtype}
-        return {**own, **asdict(self.recipe), "seed": self.seed, "noise": noise}
+        files = contents(self.recipe.prompt, self.recipe.control, self.recipe.lora)
+        seed = self.seed if self.recipe.seed is None else self.recipe.seed
+        return {**own, **self.recipe.described(), "seed": seed, "noise": noise, **({"files": files} if files else {})}
 
     def __call__(self, picture: Picture, prompt: str | int | None = None) -> FeatureMap:
-        return self.at([self.recipe.site], picture, prompt)[self.recipe.site]
+        maps = list(self.at(expand(self.denoiser, self.recipe.site), picture, prompt).values())
+        return maps[0] if len(maps) == 1 else aggregate(maps)
 
     def at(self, sites: Sequence[str], picture: Picture, prompt: str | int | None = None) -> dict[str, FeatureMap]:
         """Several sites from the same forward passes."""
@@ -108,14 +114,16 @@ def features(
     resample: Resample | None = None,
     adaln: bool | None = None,
     massive: str | None = None,
+    **technique: Any,
 ) -> FeatureMap:
     """Dense features of one picture.
 
     model: a Denoiser, an Encoder (of which it has the preset, site, size and resample), or any Extractor. picture: a Picture,
         or anything that `denoscope.read` takes.
     preset: "semantic" (default), "geometric" or "temporal": settings of the model's family, published where there are any;
-        "clean" for CleanDIFT checkpoints.
-    t, site, ensemble, prompt, size: replace the preset's; see `resolve_size` for sizes. The prompt is empty by default.
+        "clean" for CleanDIFT checkpoints, "practical" for dense prediction (Stable Diffusion).
+    t, site, ensemble, prompt, size: replace the preset's; see `resolve_size` for sizes, `sets` for sites and sets of them
+        (several are enlarged to the largest and concatenated), `prompts` for prompts. The prompt is empty by default.
     noise: explicit draws (their number is the ensemble); "none" feeds the clean latents at timestep t, the mode of the
         autoencoder's posterior (CleanDIFT checkpoints, whose own code samples it: `Noise(None, draws)`); by default draws
         named by (seed, picture content, t, member), the same on every machine and in every batch.
@@ -124,11 +132,12 @@ def features(
     adaln, massive: what is done to the output of transformer blocks (DiT, PixArt, SD3, Flux), as DiTF does: modulated as the
         layer that reads it does; and before that its massive channels set to zero ("zero"; "keep"; or channels, "154,1446").
         Both by default; see `ditf`.
+    technique: control, lora, denoise_from, img2img, second_t, guidance, timestep_mode, pool, long_prompts; see `Recipe`.
 
     A picture whose sides are no multiple of the network's stride yields ceil(side / stride) cells; nothing is cropped.
 
     Raises InputError for settings that the model cannot take and for features that are not finite.
     """
     settings = {"preset": preset, "t": t, "site": site, "ensemble": ensemble, "prompt": prompt, "size": size}
-    settings |= {"adaln": adaln, "massive": massive}
+    settings |= {"adaln": adaln, "massive": massive, **technique}
     return as_extractor(model, noise=noise, seed=seed, chunk=chunk, resample=resample, **settings)(read(picture))

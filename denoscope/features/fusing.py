@@ -135,8 +135,7 @@ def reduce_together(maps: Sequence[Joined], dims: int) -> list[FeatureMap]:
         exact = torch.float32 if parts[0].values.device.type == "mps" else torch.float64
         cells = torch.cat([part.values.flatten(1).mT.to(exact) for part in parts])
         cells = cells - cells.mean(0)
-        _, vectors = torch.linalg.eigh(cells.mT @ cells)  # ascending
-        scores = (cells @ vectors.flip(1)[:, :dims]).to(parts[0].values.dtype)
+        scores = _scores(cells, dims).to(parts[0].values.dtype)
         for k, (part, some) in enumerate(
             zip(parts, scores.split([part.values[0].numel() for part in parts]), strict=True)
         ):
@@ -145,6 +144,15 @@ def reduce_together(maps: Sequence[Joined], dims: int) -> list[FeatureMap]:
         replace(concatenate(parts, fm.weights), recipe=fm.recipe, source=fm.source)
         for parts, fm in zip(reduced, maps, strict=True)
     ]
+
+
+def _scores(cells: torch.Tensor, dims: int) -> torch.Tensor:
+    """[cells, dims] main components of centred cells, by the smaller of their two products: channels can be ten thousands."""
+    if cells.shape[0] >= cells.shape[1]:
+        _, vectors = torch.linalg.eigh(cells.mT @ cells)  # ascending
+        return cells @ vectors.flip(1)[:, :dims]
+    squares, vectors = torch.linalg.eigh(cells @ cells.mT)
+    return (vectors * squares.clamp_min(0).sqrt()).flip(1)[:, :dims]
 
 
 def paired(one: FeatureMap, two: FeatureMap) -> tuple[FeatureMap, FeatureMap]:

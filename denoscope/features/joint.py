@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from denoscope.errors import InputError
+from denoscope.features.amalgam import Amalgam
 from denoscope.features.extractor import Dift, Extractor
 from denoscope.features.fusing import Joined, check_weights
 from denoscope.images import Picture
@@ -59,6 +60,8 @@ def takes_prompts(extractor: Extractor) -> bool:
     """Whether the extractor's model, or one of those joined, is told in words what a picture shows."""
     if isinstance(extractor, Joint):
         return any(extractor._told)
+    if isinstance(extractor, Amalgam):
+        return takes_prompts(extractor.base)
     if not isinstance(extractor, Dift):
         return False
     try:

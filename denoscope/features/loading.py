@@ -1,6 +1,6 @@
 """From a name on the command line to an `Extractor`: diffusion models, encoders, baselines, and several of them joined."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,9 @@ from denoscope.denoisers import load
 from denoscope.denoisers.protocol import Denoiser
 from denoscope.encoders import Encoder, is_encoder, load_encoder
 from denoscope.errors import InputError
+from denoscope.features.amalgam import Amalgam
 from denoscope.features.baselines import BASELINES, Baseline
-from denoscope.features.extractor import Extractor, as_extractor
+from denoscope.features.extractor import Dift, Extractor, as_extractor
 from denoscope.features.joint import Joint
 
 
@@ -35,9 +36,13 @@ def load_extractor(
     *,
     join: Sequence[str] = (),
     pca: int | None = None,
+    amalgamate: str | None = None,
+    techniques: Mapping[str, Mapping[str, Any]] | None = None,
     **settings: Any,
 ) -> Extractor:
     """The model behind a name with the settings of `features`, ready to be called with pictures.
+
+    amalgamate, techniques: the features under several techniques as one, see `Amalgam`.
 
     join: further models whose features are put beside, "MODEL", "MODEL@SITE", "MODEL@SITE@SIZE" or "MODEL@SITE@SIZE@WEIGHT";
         what is empty or left out is the preset's, and 1. The preset and the seed are those of `settings`.
@@ -53,6 +58,10 @@ def load_extractor(
         return as_extractor(models[model], **options)
 
     first = extractor(name, **settings)
+    if techniques:
+        if not isinstance(first, Dift):
+            raise InputError(f"{name} is no diffusion model; techniques are for those alone.")
+        first = Amalgam(first, techniques, amalgamate or "mean")
     if not join and pca is None:
         return first
     parts, weights = [first], [1.0]

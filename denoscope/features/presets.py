@@ -16,12 +16,15 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "geometric": {"t": 0, "site": "up.2", "ensemble": 8, "size": "768"},
         "temporal": {"t": 51, "site": "up.2", "ensemble": 8, "size": "short480", "resample": "linear"},
         "clean": {"t": 261, "site": "up.1", "ensemble": 1, "size": "768", "noise": "none"},
+        # Meng et al. (arXiv 2410.06719): for dense prediction, chosen on version 1.5
+        "practical": {"t": 50, "site": "practical", "ensemble": 1, "size": "512"},
     },
     # unpublished: as Stable Diffusion, at the same strides
     "stable-diffusion-xl": {
         "semantic": {"t": 261, "site": "up.0", "ensemble": 8, "size": "1024"},
         "geometric": {"t": 0, "site": "up.1", "ensemble": 8, "size": "1024"},
         "temporal": {"t": 51, "site": "up.1", "ensemble": 8, "size": "short480", "resample": "linear"},
+        "practical": {"t": 50, "site": "practical", "ensemble": 1, "size": "1024"},
     },
     "flux": {
         "semantic": {"t": 259, "site": "block.27", "ensemble": 8, "size": "long640"},

@@ -7,7 +7,7 @@ for step in trajectory(denoiser, ["a cat"], steps=50, guidance=ClassifierFree(7.
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from denoscope.denoisers.protocol import Condition, Denoiser, Timed
+from denoscope.denoisers.protocol import Condition, ControlInput, Denoiser, Timed
 from denoscope.denoisers.schedule import Prediction
 from denoscope.errors import InputError
 from denoscope.images import Picture, read
@@ -82,6 +82,7 @@ def trajectory(
     watch: Sequence[str] = (),
     together: bool = True,
     clip: bool | None = None,
+    control: Sequence[ControlInput] = (),
 ) -> Iterator[Step]:
     """Sample step by step. Nothing runs before the first `next`, and nothing after the consumer stops.
 
@@ -98,6 +99,7 @@ def trajectory(
         step (solver "ddpm"); or only the first.
     watch: sites to record at every step. together: both predictions in one forward pass; False halves the peak memory.
     clip: x0 into [-1, 1] where the method does that; by default as the model's scheduler says, else for pixel-space models.
+    control: ControlNets and what they are shown (`control_input`), one row or one a sample; they act on both predictions.
 
     Raises InputError for settings that do not fit the model or one another.
     """
@@ -126,7 +128,9 @@ def trajectory(
         raise InputError("Classifier-free guidance needs something to guide towards; give prompts or labels.")
     if classifier is not None and labels is None:
         raise InputError("Classifier guidance needs labels, the class of every sample.")
-    condition = denoiser.condition(prompts, n)
+    if control and guidance is not None and guidance.network is not None:
+        raise InputError("A ControlNet does not act on a second network; leave out control, or the guiding network.")
+    condition = _controlled(denoiser.condition(prompts, n), control, n)
     known = None if start is None else _known(denoiser, start, generators, n)
     if known is not None:
         shape = tuple(known.shape[1:])
@@ -149,7 +153,9 @@ def trajectory(
     if guide is not None and any(guide.wants(j) for j in range(total)):
         assert guidance is not None
         second = guidance.network or denoiser
-        away = condition if guidance.same_condition else _unconditional(second, negative, n)
+        # networks that pool what they are shown act on the conditional prediction alone, as in the pipelines
+        both = [shown for shown in control if not _pooling(shown)]
+        away = condition if guidance.same_condition else _controlled(_unconditional(second, negative, n), both, n)
     from_noise = known is None or (mask is not None and strength == 1)
     x = taken.start(first) if from_noise else taken.start(first, known)
     other = Network(guidance.network if guidance and guidance.network else denoiser)
@@ -244,6 +250,20 @@ def _unconditional(denoiser: Denoiser, negative: Prompts, n: int) -> Condition:
         raise InputError(f"There are {len(negative)} negative prompts for {n} samples; give one, or one for each.")
     rows: Any = list(negative) * (n if len(negative) == 1 else 1)
     return denoiser.condition(rows)
+
+
+def _controlled(condition: Condition, control: Sequence[ControlInput], n: int) -> Condition:
+    for shown in control:
+        if shown.image.shape[0] not in (1, n):
+            raise InputError(
+                f"A ControlNet is shown {shown.image.shape[0]} pictures for {n} samples; give one, or one for each."
+            )
+    return replace(condition, controls=tuple(shown.expand(n) for shown in control))
+
+
+def _pooling(shown: ControlInput) -> bool:
+    config: Any = shown.network.config
+    return bool(config.get("global_pool_conditions"))
 
 
 def _known(denoiser: Denoiser, start: Picture | Tensor, generators: list[torch.Generator], n: int) -> Tensor:

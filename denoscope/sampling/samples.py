@@ -94,7 +94,9 @@ def sample(
     calls = {"denoiser": 0, "classifier": 0}
     for low in range(0, n, at_once):
         part = slice(low, low + at_once)
-        shared = {k: _part(v, part, n) for k, v in options.items()}
+        shared = {k: _part(v, part, n) for k, v in options.items() if k != "control"}
+        control = options.get("control", ())
+        shared["control"] = [shown if shown.image.shape[0] == 1 else shown.rows(part) for shown in control]
         own = {"prompts": prompts, "labels": labels, "seed": seeds}
         own = {name: None if value is None else value[part] for name, value in own.items()}
         run = trajectory(denoiser, guidance=guidance, classifier=classifier, **own, **shared)

@@ -1,0 +1,131 @@
+"""What a model is told beside the prompt, as plain values: `Control` and `Lora`, written in settings as text, tables or lists.
+
+Meng et al., "Suppress Content Shift: Better Diffusion Features via Off-the-Shelf Generation Techniques", NeurIPS 2024
+(arXiv 2410.06719), section 4. A technique is a mapping of settings of `features`; techniques compose by merging the mappings.
+"""
+
+import glob
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from denoscope.denoisers.control import canny
+from denoscope.errors import InputError, MissingError
+from denoscope.features.weights import weights_digest
+from denoscope.images import Picture, read
+from denoscope.images.picture import IMAGE_SUFFIXES, Resample
+
+
+@dataclass(frozen=True)
+class Control:
+    """A ControlNet and what it is shown.
+
+    model: folder, hub id, or a loaded ControlNet. image: "canny" (edges of the picture itself, between the thresholds low and
+    high of 0..255), a picture file for all pictures, or a folder with a picture of the same stem for each. scale: what its
+    residuals are multiplied by.
+    """
+
+    model: str | nn.Module
+    image: str = "canny"
+    scale: int | float = 1.0
+    low: int | float = 100
+    high: int | float = 200
+
+    def __post_init__(self) -> None:
+        if self.scale < 0 or not self.scale < float("inf"):
+            raise InputError(f"The scale of a ControlNet is a number from 0, not {self.scale}.")
+
+    def described(self) -> dict[str, Any]:
+        """As JSON values; a loaded network goes by its class."""
+        name = self.model if isinstance(self.model, str) else type(self.model).__name__
+        return {"model": name, "image": self.image, "scale": self.scale, "low": self.low, "high": self.high}
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank weights in a file (diffusers, peft or kohya layout), and what they are multiplied by."""
+
+    path: str
+    scale: int | float = 1.0
+
+    def described(self) -> dict[str, Any]:
+        return {"path": self.path, "scale": self.scale}
+
+
+def controls(given: Any) -> tuple[Control, ...]:
+    """The ControlNets that a setting names: "MODEL", "MODEL@SCALE", a table, a ControlNet, a `Control`, or a list of these."""
+    return tuple(_one(entry, Control, "model") for entry in _listed(given))
+
+
+def loras(given: Any) -> tuple[Lora, ...]:
+    """The LoRAs that a setting names: "FILE", "FILE@SCALE", a table, a `Lora`, or a list of these."""
+    return tuple(_one(entry, Lora, "path") for entry in _listed(given))
+
+
+def _listed(given: Any) -> Sequence[Any]:
+    return () if given is None else given if isinstance(given, list | tuple) else (given,)
+
+
+def _one(given: Any, kind: type, main: str) -> Any:
+    if isinstance(given, kind):
+        return given
+    if isinstance(given, str | Path):
+        text = str(given)
+        name, at, scale = text.rpartition("@")
+        try:
+            return kind(name, scale=float(scale)) if at else kind(text)
+        except ValueError:  # an @ inside a name
+            return kind(text)
+    if isinstance(given, Mapping) and main in given:
+        known = [field.name for field in fields(kind)]
+        if unknown := sorted(set(given) - set(known)):
+            raise InputError(f"A table for {kind.__name__} has {', '.join(known)}, not {unknown[0]!r}.")
+        return kind(**given)
+    if kind is Control and isinstance(given, nn.Module):
+        return Control(given)
+    raise InputError(f"{given!r} is not understood; write '{main.upper()}@SCALE' or a table with {main!r}.")
+
+
+def shown(control: Control, picture: Picture, size: tuple[int, int], resample: Resample) -> Picture:
+    """What a ControlNet is shown beside a picture that is read at (width, height): edges at that size, or a picture of a file.
+
+    Raises MissingError when a folder holds no picture of the same stem, InputError when the picture has no name to look for.
+    """
+    if control.image == "canny":
+        pixels = ((picture.resized(size, resample) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        return read(canny(pixels, control.low, control.high))
+    path = Path(control.image).expanduser()
+    if not path.is_dir():
+        return read(path)
+    if picture.path is None:
+        raise InputError(f"A picture without a file has no counterpart in {path}; name a file, or 'canny'.")
+    files = [
+        one for one in sorted(path.glob(f"{glob.escape(picture.path.stem)}.*")) if one.suffix.lower() in IMAGE_SUFFIXES
+    ]
+    if not files:
+        raise MissingError(f"{path} holds no picture named {picture.path.stem}; every picture needs one to be shown.")
+    return read(files[0])
+
+
+def contents(prompt: Any, controls: Sequence[Control], loras: Sequence[Lora]) -> dict[str, str]:
+    """What settings name by a path and that may change behind it: path to a digest of the file, or of a folder's listing."""
+    paths = [prompt[1:]] if isinstance(prompt, str) and prompt.startswith("@") else []
+    paths += [control.image for control in controls if control.image != "canny"] + [lora.path for lora in loras]
+    found = {path: _digest(Path(path).expanduser()) for path in paths}
+    networks = [(str(control.described()["model"]), control.model) for control in controls]
+    for name, model in networks:
+        found[name] = weights_digest(model) if isinstance(model, nn.Module) else _digest(Path(model).expanduser())
+    return found
+
+
+def _digest(path: Path) -> str:
+    if path.is_file():
+        return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+    listing = [
+        (str(one.relative_to(path)), one.stat().st_size, one.stat().st_mtime_ns) for one in sorted(path.rglob("*"))
+    ]
+    return hashlib.blake2b(str(listing).encode(), digest_size=8).hexdigest()

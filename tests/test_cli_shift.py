@@ -1,0 +1,122 @@
+"""`denoscope shift`: what it prints and writes, and that it goes on where it stopped."""
+
+import json
+
+import pytest
+from conftest import smooth_picture
+from PIL import Image
+
+import denoscope as ds
+
+QUICK = ("--size", "long32", "--draws", 1, "--seeds", 2, "--steps", 3)
+FILES = {
+    "shift.json", "shift.csv", "shift.png", "features.png", "differences.png", "gate.json", "gate.csv", "gate.png",
+    "repainted.png", "records",
+}  # fmt: skip
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Three pictures of different shapes, and a file of techniques."""
+    for seed, size in enumerate([(72, 48), (48, 64), (60, 60)]):
+        ds.write(smooth_picture(seed, *size), tmp_path / "photos" / f"{seed}.png")
+    (tmp_path / "techniques.toml").write_text('[label]\nprompt = "bird"\n[again]\nsecond_t = 200\n')
+    return tmp_path / "photos"
+
+
+def test_everything(run, photos, tmp_path):
+    out = tmp_path / "out"
+    command = ("shift", "seedling", photos, "--techniques", tmp_path / "techniques.toml", *QUICK, "--out", out)
+    command += ("--site", "up.1", "--site", "up.2", "--curve", "300", "--pictures", 2)
+    status, printed, errors = run(*command)
+    assert status == 0, errors
+    assert {path.name for path in out.iterdir()} == FILES
+    for text in ("up.1 at t = 50", "up.2 at t = 50", "3 pictures", "Image-to-image cannot tell: again", "strength 0.7"):
+        assert text in printed
+    shift, gate = (json.loads((out / f"{name}.json").read_text()) for name in ("shift", "gate"))
+    assert shift["settings"]["t"] == [50, 300]
+    assert len(shift["rows"]) == 3 * 2 * 2  # techniques, sites, timesteps
+    assert [row["technique"] for row in gate["rows"]] == ["plain", "label"]
+    for kind, rows in (("features", 2), ("repainted", 1)):
+        with Image.open(out / f"{kind}.png") as image:
+            assert image.height > 2 * rows * 100  # two pictures, a row for each site
+
+    records = {path: path.read_bytes() for path in (out / "records").glob("*.jsonl")}
+    ds.write(smooth_picture(7, 48, 48), photos / "3.png")
+    status, printed, errors = run(*command)
+    assert status == 0, errors
+    assert "shift: 3 of 4 are done already" in errors
+    for path, before in records.items():  # nothing is done again
+        assert path.read_bytes().startswith(before)
+        assert len(path.read_bytes().splitlines()) == 4
+    assert "4 pictures" in printed
+    assert json.loads((out / "shift.json").read_text())["pictures"][:3] == shift["pictures"]
+
+
+def test_one_picture_with_the_built_in_techniques(run, photos, tmp_path):
+    out = tmp_path / "out"
+    status, printed, errors = run("shift", "seedling", photos / "0.png", *QUICK, "--no-gate", "--out", out)
+    assert status == 0, errors
+    assert "vocabulary does not hold: high, quality" in errors  # of a model of 192 words
+    assert "the prompt alone is varied" in printed
+    assert "One picture: no interval" in printed
+    told = json.loads((out / "shift.json").read_text())["settings"]["techniques"]
+    assert list(told) == ["plain", "quality", "low-quality"]
+    assert told["quality"]["prompt"].startswith("a photo, high quality")
+    assert not (out / "gate.json").exists()
+
+
+def test_a_picture_that_cannot_be_read_or_measured(run, photos, tmp_path):
+    (photos / "broken.png").write_bytes(b"\x89PNG broken")
+    Image.new("RGB", (48, 48), "white").save(photos / "flat.png")
+    out = tmp_path / "out"
+    status, _, errors = run(
+        "shift", "seedling", photos, "--techniques", tmp_path / "techniques.toml", *QUICK, "--no-gate", "--out", out
+    )
+    assert status == 2
+    assert "broken.png" in errors
+    assert "of 5 pictures failed" in errors
+    assert len(json.loads((out / "shift.json").read_text())["pictures"]) >= 3
+
+
+def test_recipe_and_plain_prompt(run, photos, tmp_path):
+    (tmp_path / "recipe.toml").write_text(
+        'model = "seedling"\nt = 30\nsite = "up.2"\nsize = "long48"\nprompt = "bird"\n'
+    )
+    (tmp_path / "face.json").write_text('{"face": {"prompt": "face"}, "late": {"second_t": 90}}')
+    status, _, errors = run(
+        "shift", "seedling", photos / "0.png", "--techniques", tmp_path / "face.json", "--recipe", tmp_path / "recipe.toml",
+        "--draws", 1, "--no-gate", "--pictures", 0, "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert status == 0, errors
+    told = json.loads((tmp_path / "out" / "shift.json").read_text())["settings"]
+    assert (told["t"], told["sites"], told["size"]) == ([30], ["up.2"], "long48")
+    assert [told["techniques"][name]["prompt"] for name in ("plain", "face", "late")] == ["bird", "face", "bird"]
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "message"),
+    [
+        ("seedling", ("--techniques", "nowhere.toml"), "nowhere.toml"),
+        ("seedling", ("--techniques", "empty.toml"), "names no techniques"),
+        ("seedling", ("--techniques", "sized.toml"), "'big' sets 'size'"),
+        ("seedling", ("--curve", "x"), "--curve 'x' is not understood"),
+        ("seedling", ("--ref", "none", "--prompt", "bird"), "The reference is"),
+        ("seedling", ("--strength", "2", "--prompt", "bird"), "between 0 and 1"),
+        ("seedling", ("--wrong-control", "--prompt", "bird"), "No technique has a ControlNet"),
+        ("sift", (), "no diffusion model"),
+    ],
+)
+def test_mistakes(run, photos, tmp_path, monkeypatch, model, more, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.toml").write_text("")
+    (tmp_path / "sized.toml").write_text("[big]\nsize = 96\n")
+    status, _, errors = run("shift", model, photos, *more, "--out", tmp_path / "out")
+    assert status == 2
+    assert message in errors
+
+
+def test_folder_without_pictures(run, tmp_path):
+    (tmp_path / "none").mkdir()
+    status, _, errors = run("shift", "seedling", tmp_path / "none")
+    assert (status, "holds no images" in errors) == (2, True)

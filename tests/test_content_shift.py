@@ -1,0 +1,300 @@
+"""The content-shift score: recorded values, what holds for any features, and drift that is known."""
+
+import csv
+import json
+import warnings
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, smooth_picture
+from diffusers import ControlNetModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file
+
+import denoscope as ds
+from denoscope.errors import InputError
+from denoscope.features import feature_maps, recipe
+from denoscope.features.bootstrap import interval
+from denoscope.features.content_shift import diff, laplacian, score, structure
+from denoscope.features.dift import feature_sets
+from denoscope.features.shift import ContentShift, content_shift
+
+HEADS = GOLDEN / "content-shift-heads"
+RECORDED = json.loads((HEADS / "expected.json").read_text())["gate"]
+SEEDS = st.integers(0, 2**31)
+
+
+def three(seed, channels=5, height=6, width=9):
+    """Reference, feature and anchor, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(3, channels, height, width, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_recorded(name):
+    tensors, expected = load_file(HEADS / "fixture.safetensors"), RECORDED[name]
+    ref, feat, anchor = (tensors[f"gate.{role}"] for role in ("ref", "feat", "anchor"))
+    stencil, padding = name.removeprefix("laplacian").split("_")
+    options = {"neighbours": int(stencil), "padding": "zero" if padding == "constant" else padding}
+    assert diff(ref, feat, **options) == pytest.approx(expected["diff"], rel=1e-6)
+    assert diff(ref, anchor, **options) == pytest.approx(expected["diff_anchor"], rel=1e-6)
+    assert score(ref, feat, anchor, **options) == pytest.approx(expected["score"], abs=1e-6)
+
+
+def test_laplacian_of_a_point():
+    point = torch.zeros(1, 3, 3)
+    point[0, 1, 1] = 1
+    assert laplacian(point)[0].tolist() == [[0, 1, 0], [1, -4, 1], [0, 1, 0]]
+    assert laplacian(point, 8)[0].tolist() == [[1, 1, 1], [1, -8, 1], [1, 1, 1]]
+    corner = torch.zeros(1, 2, 2)
+    corner[0, 0, 0] = 1
+    assert laplacian(corner)[0].tolist() == [[-2, 1], [1, 0]]  # its two copies outside are its neighbours
+    assert laplacian(corner, padding="zero")[0].tolist() == [[-4, 1], [1, 0]]
+
+
+@given(SEEDS, st.sampled_from([4, 8]), st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_score_ends_and_invariances(seed, neighbours, standardise):
+    ref, feat, anchor = three(seed)
+    options = {"neighbours": neighbours, "standardise": standardise}
+    own = score(ref, feat, anchor, **options)
+    assert score(ref, ref, anchor, **options) == 1
+    assert score(ref, anchor, anchor, **options) == 0
+    shift = torch.randn(5, 1, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    assert score(ref + shift, feat, anchor - shift, **options) == pytest.approx(own, abs=1e-9)
+    order = torch.randperm(5, generator=torch.Generator().manual_seed(seed))
+    assert score(ref[order], feat[order], anchor[order], **options) == pytest.approx(own, abs=1e-9)
+    assert score(-3 * ref, -3 * feat, -3 * anchor, **options) == pytest.approx(own, abs=1e-9)
+    assert diff(ref, feat, **options) == pytest.approx(diff(feat, ref, **options))
+    assert diff(ref, feat, normalise=True, **options) == pytest.approx(
+        diff(7 * ref, 7 * feat, normalise=True, **options)
+    )
+
+
+@given(SEEDS)
+@settings(max_examples=15, deadline=None)
+def test_invariant_to_rotations_of_the_channels(seed):
+    ref, feat, anchor = three(seed)
+    mixing = torch.linalg.qr(three(seed + 1, 1, 5, 5)[0, 0]).Q
+    turned = [torch.einsum("dc,chw->dhw", mixing, values) for values in (ref, feat, anchor)]
+    assert score(*turned) == pytest.approx(score(ref, feat, anchor), abs=1e-9)
+
+
+def test_standardised_channels_weigh_alike():
+    ref, feat, anchor = three(0)
+    loud = torch.tensor([1000.0, 1, 1, 1, 1]).double()[:, None, None]
+    one, two = (
+        score(ref, feat, anchor, standardise=True),
+        score(loud * ref, loud * feat, loud * anchor, standardise=True),
+    )
+    assert two == pytest.approx(one)
+    assert score(loud * ref, loud * feat, loud * anchor) != pytest.approx(score(ref, feat, anchor), abs=1e-3)
+    flat = torch.cat([ref[:1], torch.full((1, 6, 9), 0.3, dtype=torch.float64)])
+    assert torch.equal(structure(flat, standardise=True), structure(ref[:1], standardise=True))
+
+
+def test_undefined_and_wrong():
+    ref, feat, _ = three(0)
+    for anchor in (ref, ref + 1, ref[torch.tensor([1, 0, 2, 4, 3])]):
+        with pytest.raises(InputError, match="score is undefined"):
+            score(ref, feat, anchor)
+    flat = torch.ones(2, 4, 4)
+    with pytest.raises(InputError, match="score is undefined"):
+        score(flat, flat, flat)
+    with pytest.raises(InputError, match="no structure"):
+        diff(flat, flat, normalise=True)
+    with pytest.raises(InputError, match="same site at the same picture size"):
+        score(ref, feat[:, :5], ref)
+    with pytest.raises(InputError, match="not finite"):
+        diff(ref, feat / 0)
+    with pytest.raises(InputError, match="4 or 8 neighbours, not 6"):
+        laplacian(ref, 6)
+    with pytest.raises(InputError, match="replicate"):
+        laplacian(ref, padding="reflect")
+
+
+def test_known_drift_lowers_the_score(seedling):
+    """Features of the picture rolled sideways; the further, the lower, and 0 where it is the anchor (spec, 7c 4)."""
+    picture = smooth_picture(3, 96, 64)
+    sites = ["up.0", "up.1", "up.2"]
+
+    def rolled(k):
+        moved = ds.Picture(picture.pixels.roll(k, 2))
+        chosen = recipe(seedling, t=0, ensemble=1, size=0)
+        return feature_maps(seedling, moved, chosen, sites, noise="none")
+
+    maps = [rolled(k) for k in (0, 1, 2, 4, 6)]
+    for site in sites:
+        found = [score(maps[0][site].values, one[site].values, maps[-1][site].values) for one in maps]
+        assert (found[0], found[-1]) == (1, 0)
+        assert all(a > b for a, b in pairwise(found)), (site, found)
+
+
+def test_interval():
+    assert interval([3.0]) is None
+    assert interval([2.0, 2.0, 2.0]) == (2, 2)
+    values = torch.randn(40, generator=torch.Generator().manual_seed(1)).numpy() + 1
+    low, high = interval(values)
+    assert low < values.mean() < high
+    half = 1.96 * values.std(ddof=1) / 40**0.5  # normal approximation
+    assert (high - low) / 2 == pytest.approx(half, rel=0.1)
+    assert interval(values) == (low, high) != interval(values, seed=1)
+    one_picture = interval([[0.0, 1.0, 2.0, 3.0]])  # its seeds alone
+    assert 0 < one_picture[0] < 1.5 < one_picture[1] < 3
+
+
+# ---- on models ----------------------------------------------------------------------------------------------------
+
+SMALL = {"size": 64, "preset": "semantic"}
+
+
+def test_scores_are_those_of_the_features(sd):
+    """Of one draw: eq. 2 of the maps that `feature_sets` makes from the same noise, at every site and timestep."""
+    picture, sites = smooth_picture(0), ["up.1", "up.2.resnet.0"]
+    options = {"draws": 1, "anchor_t": 700, "ref_t": 3, "anchor_prompt": "a dog", "neighbours": 8}
+    found = content_shift(
+        sd, [picture], {"cat": {"prompt": "a cat"}}, t=(60, 200), sites=sites, settings=SMALL, **options
+    )
+    assert [(row.technique, row.site, row.t) for row in found.rows][:4] == [
+        ("plain", "up.1", 60), ("cat", "up.1", 60), ("plain", "up.1", 200), ("cat", "up.1", 200),
+    ]  # fmt: skip
+    told = {"ref": (3, None), "cat": (200, "a cat"), "anchor": (700, "a dog")}
+    recipes = {name: recipe(sd, t=t, prompt=prompt, ensemble=1, **SMALL) for name, (t, prompt) in told.items()}
+    maps = feature_sets(sd, picture, recipes, sites=sites, noise="shared")
+    for site in sites:
+        ref, feat, anchor = (maps[name][site].values for name in told)
+        row = next(one for one in found.rows if (one.technique, one.site, one.t) == ("cat", site, 200))
+        assert row.score == pytest.approx(score(ref, feat, anchor, neighbours=8), abs=1e-4)
+        assert row.diff == pytest.approx(diff(ref, feat, neighbours=8), rel=1e-4)
+    assert found.rows[0].score_interval is None  # one picture
+
+
+def test_draws_are_averaged_after_scoring(sd):
+    found = content_shift(sd, [smooth_picture(0), smooth_picture(1)], {}, t=100, draws=3, settings=SMALL)
+    record = found.records[0]["rows"][0]
+    each = [(away - own) / away for own, away in zip(record["diff"], record["anchor"], strict=True)]
+    assert len(each) == 3
+    mean = sum(each) / 3
+    assert mean != pytest.approx(1 - sum(record["diff"]) / sum(record["anchor"]), abs=1e-6)
+    other = found.records[1]["rows"][0]
+    second = sum((away - own) / away for own, away in zip(other["diff"], other["anchor"], strict=True)) / 3
+    assert found.rows[0].score == pytest.approx((mean + second) / 2)
+    low, high = found.rows[0].score_interval
+    assert (low, high) == pytest.approx(sorted([mean, second]))  # of two pictures, percentiles reach the ends
+
+
+def test_where_plain_stands(sd):
+    pictures = [smooth_picture(0)]
+    at_reference = content_shift(sd, pictures, {"twin": {"prompt": ""}}, t=0, draws=2, settings=SMALL)
+    assert [row.score for row in at_reference.rows] == pytest.approx([1, 1], abs=1e-4)
+    assert at_reference.rows[1].gain == pytest.approx(0, abs=1e-5)
+    at_anchor = content_shift(sd, pictures, {}, t=500, draws=2, settings=SMALL)
+    assert at_anchor.rows[0].score == pytest.approx(0, abs=1e-4)
+    same = content_shift(sd, pictures, {"cat": {"prompt": "a cat"}}, t=0, draws=1, ref="same", settings=SMALL)
+    assert [row.score for row in same.rows] == pytest.approx([1, 1], abs=1e-4)  # each by its own reference
+    plain = content_shift(sd, pictures, {"plain": {"prompt": "a cat"}, "x": {"guidance": 2}}, draws=1, settings=SMALL)
+    assert plain.settings["techniques"]["x"]["prompt"] == "a cat"
+
+
+def test_shift_grows_with_noise(seedling):
+    pictures = [smooth_picture(seed, 96, 64) for seed in (0, 1)]
+    found = content_shift(seedling, pictures, {}, t=(50, 200, 400), sites=("up.0", "up.1", "up.2"), draws=2,
+                          settings={"size": "long48"})  # fmt: skip
+    for site in found.sites:
+        assert [found.ranking(site, t)[0].score for t in (50, 200, 400)] == sorted(
+            (row.score for row in found.rows if row.site == site), reverse=True
+        )
+    assert found.draw().width > found.draw_curves("diff").width / 2
+
+
+@pytest.fixture(scope="module")
+def edges(sd, tmp_path_factory):
+    """A ControlNet of the tiny pipeline that acts."""
+    torch.manual_seed(0)
+    network = ControlNetModel.from_unet(sd.unet)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    path = tmp_path_factory.mktemp("control")
+    network.save_pretrained(path)
+    return str(path)
+
+
+def test_wrong_controls(sd, edges):
+    """Edges of the next picture differ from the own ones; at scale 0 neither acts."""
+    pictures = [smooth_picture(0), smooth_picture(1, 56, 72), smooth_picture(2)]
+    techniques = {"own": {"control": {"model": edges, "low": 5, "high": 10}}, "off": {"control": f"{edges}@0"}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # smooth pictures have no edges at the published thresholds
+        found = content_shift(sd, pictures, techniques, draws=1, wrong_control=True, settings={"size": "80x64"})
+    assert found.techniques == ["plain", "own", "off", "wrong:own", "wrong:off"]
+    mean, span, share = found.against("own", "wrong:own")
+    assert abs(mean) > 1e-4
+    assert span[0] < mean < span[1]
+    assert 0 <= share <= 1
+    assert found.against("off", "plain")[0] == pytest.approx(0, abs=1e-5)
+    assert found.settings["techniques"]["own"]["control"][0]["low"] == 5
+
+
+def test_saved(sd, tmp_path):
+    pictures = [smooth_picture(0), smooth_picture(1)]
+    found = content_shift(sd, pictures, {"cat": {"prompt": "a cat"}}, t=(50, 100), draws=2, settings=SMALL)
+    document = json.loads(found.save(tmp_path / "shift.json").read_text())
+    chosen = {
+        "neighbours": 4,
+        "padding": "replicate",
+        "ref": "plain",
+        "ref_t": 0,
+        "anchor_t": 500,
+        "anchor_prompt": "",
+        "draws": 2,
+    }
+    assert chosen.items() <= document["settings"].items()
+    assert {"scheduler", "versions", "weights", "dtype", "noise", "averaging", "interval"} <= set(document["settings"])
+    again = ContentShift.of(document["pictures"], document["settings"])
+    assert again.rows == found.rows
+    with found.save(tmp_path / "shift.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["technique"] for line in lines] == ["plain", "cat", "plain", "cat"]
+    assert float(lines[1]["gain_low"]) <= float(lines[1]["gain"]) <= float(lines[1]["gain_high"])
+    with np.load(found.save(tmp_path / "shift.npz")) as arrays:
+        assert arrays["diff"].shape == (2, 4, 2)
+    with Image.open(found.save(tmp_path / "shift.png")) as image:
+        assert min(image.size) > 200
+
+
+@pytest.mark.parametrize(
+    ("techniques", "options", "message"),
+    [
+        ({"big": {"size": 96}}, {}, "'big' sets 'size'"),
+        ({"deep": {"site": "mid"}}, {}, "'deep' sets 'site'"),
+        ({"wrong:x": {}}, {}, "needs another name"),
+        ({"odd": {"colour": 1}}, {}, "no setting 'colour'"),
+        ({}, {"sites": "up.9"}, "up.9"),
+        ({}, {"ref": "none"}, '"plain" or "same"'),
+        ({}, {"t": ()}, "at least one timestep"),
+        ({}, {"t": 1000}, "1000 is not in"),
+        ({}, {"draws": 0}, "at least 1 draw"),
+        ({}, {"neighbours": 5}, "4 or 8"),
+        ({}, {"anchor": 5}, "no choice 'anchor'"),
+        ({}, {"anchor_t": 0}, "anchor is the reference itself"),
+        ({"cat": {"prompt": "a cat"}}, {"wrong_control": True}, "No technique has a ControlNet"),
+    ],
+)
+def test_what_cannot_be_compared(sd, techniques, options, message):
+    with pytest.raises(InputError, match=message):
+        content_shift(sd, [smooth_picture(0)], techniques, settings=SMALL, **options)
+
+
+def test_no_pictures(sd):
+    with pytest.raises(InputError, match="no pictures"):
+        content_shift(sd, [], {}, settings=SMALL)
+    found = content_shift(sd, [smooth_picture(0)], {}, draws=1, settings=SMALL)
+    with pytest.raises(InputError, match="was not measured"):
+        found.against("plain", "cat")
+    with pytest.raises(InputError, match="Nothing was measured at up.3"):
+        found.ranking("up.3")

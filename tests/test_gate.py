@@ -1,0 +1,182 @@
+"""GATE's image-to-image check: the measures, the verdict, and what both say of models whose answer is known."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import smooth_picture
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import denoscope as ds
+from denoscope.errors import InputError
+from denoscope.features.gate import Gate, GateChoices, Gatekeeper, gate
+from denoscope.features.likeness import edge_f1, psnr, ssim, verdict
+
+SMALL = {"size": "long48"}
+QUICK = {"seeds": 2, "steps": 4}
+
+
+def lines(*columns, side=24):
+    """White vertical lines, two pixels wide, on black."""
+    pixels = torch.zeros(3, side, side)
+    for x in columns:
+        pixels[:, :, x : x + 2] = 1
+    return pixels
+
+
+def test_psnr():
+    one = torch.full((3, 16, 16), 0.5)
+    assert psnr(one, one + 0.1) == pytest.approx(20, abs=1e-4)
+    assert psnr(one, one + 0.01) == pytest.approx(40, abs=1e-3)
+    assert psnr(one, one) == 100
+
+
+def test_ssim():
+    one = smooth_picture(0).pixels
+    assert ssim(one, one) == pytest.approx(1)
+    noise = torch.randn(one.shape, generator=torch.Generator().manual_seed(0))
+    worse = [ssim(one, (one + s * noise).clamp(0, 1)) for s in (0.02, 0.1, 0.4)]
+    assert sorted(worse, reverse=True) == worse
+
+
+def test_edge_f1():
+    one = lines(8)
+    assert edge_f1(one, one) == 1
+    assert edge_f1(one, lines(9)) == 1  # within a pixel
+    assert edge_f1(one, lines(9), tolerance=0) < 1
+    assert edge_f1(one, lines(16)) == 0
+    half = edge_f1(one, lines(8, 16))  # all of one is found, half of the other is right
+    assert half == pytest.approx(2 / 3, abs=0.05)
+    flat = torch.zeros(3, 24, 24)
+    assert (edge_f1(flat, flat), edge_f1(flat, one), edge_f1(one, flat)) == (1, 0, 0)
+
+
+@given(st.integers(0, 2**31), st.integers(0, 3))
+@settings(max_examples=20, deadline=None)
+def test_edge_f1_is_symmetric_and_grows_with_the_tolerance(seed, tolerance):
+    one, two = torch.rand(2, 3, 20, 30, generator=torch.Generator().manual_seed(seed))
+    found = edge_f1(one, two, tolerance=tolerance)
+    assert found == pytest.approx(edge_f1(two, one, tolerance=tolerance))
+    assert 0 <= found <= edge_f1(one, two, tolerance=tolerance + 1) <= 1
+
+
+UP, SOME, DOWN, ZERO = (0.2, 0.4), (-0.2, 0.4), (-0.4, -0.2), (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("spans", "said"),
+    [
+        ((UP, UP, UP), "helps"),
+        ((UP, UP, SOME), "helps"),
+        ((UP, UP, DOWN), "undecided"),
+        ((UP, SOME, SOME), "undecided"),
+        ((DOWN, ZERO, DOWN), "hurts"),
+        ((SOME, SOME, SOME), "undecided"),
+        ((ZERO, ZERO, ZERO), "no effect"),
+        (((0.01, 0.02), (0.001, 0.002), (0.001, 0.002)), "no effect"),  # surely there, but too little to count
+        ((UP, UP, None), "undecided"),
+    ],
+)
+def test_verdict(spans, said):
+    assert verdict(dict(zip(("psnr", "ssim", "edge_f1"), spans, strict=True))) == said
+
+
+def test_techniques_that_say_the_same_have_no_effect(seedling):
+    """And what is compared with plain does not depend on what else is compared, nor on the order."""
+    pictures = [smooth_picture(0, 96, 64), smooth_picture(1, 64, 96)]
+    techniques = {
+        "twin": {"prompt": "bird"},
+        "guided": {"guidance": 3},
+        "plain": {"prompt": "bird"},
+        "face": {"prompt": "face"},
+    }
+    found = gate(seedling, pictures, techniques, settings=SMALL, **QUICK)
+    rows = {row.technique: row for row in found.rows}
+    assert list(rows) == ["plain", "twin", "guided", "face"]
+    assert rows["twin"].verdict == "no effect"
+    assert rows["twin"].intervals == dict.fromkeys(("psnr", "ssim", "edge_f1"), (0, 0))
+    assert abs(rows["guided"].changes["psnr"]) > 1e-3
+    alone = gate(seedling, pictures, {"plain": {"prompt": "bird"}, "face": {"prompt": "face"}}, settings=SMALL, **QUICK)
+    assert alone.rows[1].means["psnr"] == pytest.approx(rows["face"].means["psnr"], abs=1e-3)
+    assert alone.rows[1].means["ssim"] == pytest.approx(rows["face"].means["ssim"], abs=1e-4)
+    assert gate(seedling, pictures, techniques, settings=SMALL, seed=1, **QUICK).rows[0].means != rows["plain"].means
+
+
+def test_stronger_repainting_is_less_like_the_input(seedling):
+    means = [
+        gate(seedling, [smooth_picture(2, 64, 48)], {}, settings=SMALL, strength=s, steps=10, seeds=2)
+        .rows[0]
+        .means["psnr"]
+        for s in (0.2, 0.5, 0.9)
+    ]
+    assert sorted(means, reverse=True) == means
+
+
+def test_only_what_image_to_image_can_tell(sd):
+    picture = smooth_picture(0)
+    techniques = {"early": {"second_t": 200}, "cat": {"prompt": "a cat"}, "both": {"second_t": 200, "prompt": "a cat"}}
+    keeper = Gatekeeper(sd, techniques, GateChoices(**QUICK), size=80)
+    assert keeper.skipped == ["early"]
+    images = keeper.repaint(picture)
+    assert list(images) == ["input", "plain", "cat", "both"]
+    assert torch.equal(images["cat"], images["both"])
+    assert images["input"].shape == (1, 3, 80, 80)
+    assert images["plain"].shape == (2, 3, 80, 80)
+    assert not torch.equal(images["plain"][0], images["plain"][1])
+
+
+def test_sizes_are_rounded_to_what_can_be_repainted(sd, seedling):
+    assert Gatekeeper(sd, {}, size=0).size(smooth_picture(0, 101, 69)) == (104, 72)
+    assert Gatekeeper(seedling, {}, size=0).size(smooth_picture(0, 30, 18)) == (32, 16)
+    assert Gatekeeper(seedling, {}).size(smooth_picture(0, 192, 96)) == (96, 48)  # of the preset's sizes, the last
+
+
+def test_saved(seedling, tmp_path):
+    found = gate(seedling, [smooth_picture(0, 48, 48)], {"face": {"prompt": "face"}}, settings=SMALL, seeds=3, steps=2)
+    assert found.rows[1].intervals["psnr"] is not None  # of one picture, over its seeds
+    document = json.loads(found.save(tmp_path / "gate.json").read_text())
+    chosen = {
+        "strength": 0.7,
+        "seeds": 3,
+        "steps": 2,
+        "guidance": None,
+        "margins": {"psnr": 0.1, "ssim": 0.005, "edge_f1": 0.01},
+    }
+    assert chosen.items() <= document["settings"].items()
+    assert Gate.of(document["pictures"], document["settings"]).rows == found.rows
+    with found.save(tmp_path / "gate.csv").open() as file:
+        assert [line["technique"] for line in csv.DictReader(file)] == ["plain", "face"]
+    with np.load(found.save(tmp_path / "gate.npz")) as arrays:
+        assert arrays["psnr"].shape == (1, 2, 3)
+    with Image.open(found.save(tmp_path / "gate.png")) as image:
+        assert image.width > image.height
+    single = gate(seedling, [smooth_picture(0, 48, 48)], {"face": {"prompt": "face"}}, settings=SMALL, seeds=1, steps=2)
+    assert (single.rows[1].intervals["psnr"], single.rows[1].verdict) == (None, "undecided")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strength": 0}, "between 0 and 1"),
+        ({"strength": 0.1, "steps": 4}, "leaves none of 4 steps"),
+        ({"seeds": 0}, "at least 1 seed"),
+        ({"margins": {"lpips": 1}}, "no margin 'lpips'"),
+        ({"noise": 1}, "no choice 'noise'"),
+        ({"wrong_control": True}, "No technique has a ControlNet"),
+    ],
+)
+def test_what_cannot_be_checked(seedling, options, message):
+    with pytest.raises(InputError, match=message):
+        gate(seedling, [smooth_picture(0)], {}, settings=SMALL, **options)
+
+
+def test_nothing_to_show(seedling, tmp_path):
+    found = gate(seedling, [ds.read(smooth_picture(0))], {}, settings=SMALL, seeds=1, steps=2)
+    with pytest.raises(InputError, match="no technique beside plain"):
+        found.save(tmp_path / "gate.png")
+    with pytest.raises(InputError, match="no pictures"):
+        gate(seedling, [], {}, settings=SMALL)

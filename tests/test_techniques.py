@@ -1,0 +1,335 @@
+"""Techniques of content-shift suppression: parity with the published extractor, and what composing them must leave alone."""
+
+import json
+
+import pytest
+import torch
+from conftest import GOLDEN, relative, smooth_picture
+from diffusers import ControlNetModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
+
+import denoscope as ds
+from denoscope.features import (
+    Amalgam,
+    Dift,
+    feature_sets,
+    member_maps,
+    read_recipe,
+    read_techniques,
+    recipe,
+    write_recipe,
+)
+from denoscope.features.amalgamation import aggregate
+from denoscope.features.denoising import effective
+from denoscope.features.gdf import site_of
+
+PUBLISHED = GOLDEN / "content-shift-features"
+CASES = {case["name"]: case for case in json.loads((PUBLISHED / "cases.json").read_text())["cases"]}
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return load_file(PUBLISHED / "fixture.safetensors")
+
+
+@pytest.fixture(scope="module")
+def published():
+    return ds.load(PUBLISHED / "pipeline", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def edges(published):
+    """A ControlNet with something to say: those fresh from training start with layers of zeros."""
+    torch.manual_seed(0)
+    return ControlNetModel.from_pretrained(PUBLISHED / "controlnet")
+
+
+def calls(denoiser):
+    """Rows of every forward pass made, as they are made."""
+    seen = []
+    handle = denoiser.network.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[0]))
+    return seen, handle
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_activations_are_those_of_the_published_extractor(published, recorded, name):
+    case = CASES[name]
+    given = {
+        "t": case["t_requested"],
+        "size": "128",
+        "prompt": "a photo of a cat",
+        "ensemble": 1,
+        "timestep_mode": "gdf",
+    }
+    given |= {"pool": case["feature_resize"], "denoise_from": case["denoising_from"]}
+    given |= {"control": str(PUBLISHED / "controlnet")} if case["control"] else {}
+    known = {site.name for site in published.sites(sizes=False)}
+    # raw maps are no features (they are read by a Watch); those of the U-Net itself were never recorded
+    layers = [one for one in case["layers"] if not one.startswith("unet") and not one.endswith("map") and one != "attn"]
+    names = {site_of(layer, known): layer for layer in layers} | (
+        {"attention.up_cross": "attn"} if case["attention"] else {}
+    )
+    chosen = recipe(published, site="+".join(names), **given)
+    for i in range(case["images"]):
+        noise = ds.Noise(recorded[f"{name}.draw1"][i : i + 1], recorded[f"{name}.draw0"][i : i + 1])
+        found = feature_sets(published, ds.read(PUBLISHED / f"im{i}.png"), {"it": chosen}, noise=noise)["it"]
+        assert set(found) == set(names)
+        for site, fm in found.items():
+            assert relative(fm.values, recorded[f"{name}/{names[site]}"][i]) < 1e-5
+            assert fm.recipe["t"] == case["unet_calls_t"][-1]
+
+
+def test_raw_cross_attention_maps_are_those_of_the_published_extractor(published, recorded):
+    site = site_of("up-level2-repeat1-vit-block0-cross-map", {one.name for one in published.sites(sizes=False)})
+    with ds.Watch(published, [site]) as seen, torch.no_grad():
+        published.predict(recorded["map_ffn.unet_input"], 51, published.condition(["a photo of a cat"]))
+    assert relative(seen[site], recorded["map_ffn/up-level2-repeat1-vit-block0-cross-map"]) < 1e-5
+
+
+def test_a_set_is_joined_as_the_published_script_writes_it(published, recorded):
+    noise = ds.Noise(recorded["legacy.draw1"], recorded["legacy.draw0"])
+    given = {"t": 50, "site": "legacy", "size": "128", "prompt": "a photo of a cat", "timestep_mode": "gdf"}
+    fm = ds.features(published, PUBLISHED / "im0.png", noise=noise, **given)
+    assert relative(fm.values, recorded["legacy.aggregated"][0]) < 1e-5
+
+
+def test_timesteps_reached_by_the_published_code(published):
+    chosen = recipe(published, t=50, timestep_mode="gdf")
+    assert [effective(published, chosen, t) for t in (50, 60, 261)] == [51, 61, 262]  # PNDM, steps_offset 1
+    assert effective(published, recipe(published, t=50), 50) == 50
+
+
+def test_techniques_of_one_picture_share_passes_and_change_nothing(published, edges):
+    picture = ds.read(PUBLISHED / "im0.png")
+    base = {"t": 50, "site": "up.1+up.2.attn.0.key", "size": "64x96", "ensemble": 2}
+    techniques = {
+        "plain": {},
+        "words": {"prompt": "a cat"},
+        "edges": {"control": edges},
+        "later": {"t": 261},
+        "both": {"prompt": "a cat", "control": ds.Control(edges, scale=0.5), "second_t": 150},
+        "guided": {"prompt": "a cat", "guidance": 3.0},
+    }
+    recipes = {name: recipe(published, **{**base, **one}) for name, one in techniques.items()}
+    seen, handle = calls(published)
+    together = feature_sets(published, picture, recipes, chunk=100)
+    handle.remove()
+    assert seen == [2 * (1 + 1 + 1 + 1 + 2 + 2)]  # one pass; two rows more where there are two timesteps or guidance
+    for name, one in recipes.items():
+        alone = feature_sets(published, picture, {name: one}, chunk=1)[name]
+        for site, fm in alone.items():
+            assert relative(together[name][site].values, fm.values) < 1e-5
+    assert relative(together["edges"]["up.1"].values, together["plain"]["up.1"].values) > 1e-3
+
+
+def test_what_techniques_are_made_of(published, edges):
+    picture = ds.read(PUBLISHED / "im0.png")
+    base = {"t": 50, "site": "up.1", "size": "64", "ensemble": 1, "prompt": "a cat"}
+
+    def values(**technique):
+        return feature_sets(published, picture, {"": recipe(published, **{**base, **technique})}, noise="shared")[""][
+            "up.1"
+        ].values
+
+    plain = values()
+    assert torch.equal(values(control=ds.Control(edges, scale=0)), plain)
+    assert torch.equal(values(denoise_from=50, control=edges), values(control=edges))  # one pass
+    assert torch.equal(values(guidance=1.0), plain)
+    unconditional = values(prompt="")
+    assert torch.equal(values(guidance=0.0), unconditional)
+    assert relative(values(guidance=3.0), unconditional + 3 * (plain - unconditional)) < 1e-5
+    assert relative(values(second_t=261), (plain + values(t=261)) / 2) < 1e-6
+    halved = torch.nn.functional.avg_pool2d(plain, 2)
+    assert relative(values(pool=2), halved) < 1e-6
+    assert relative(values(img2img=0.3), plain) > 1e-2
+    twice = values(control=[edges, edges])
+    assert relative(twice, values(control=ds.Control(edges, scale=2.0))) < 1e-5  # residuals are summed
+
+
+def test_short_denoising_takes_the_passes_it_says(published, edges):
+    chosen = recipe(published, t=50, site="up.1", size="64", ensemble=2, denoise_from=60, control=edges)
+    seen, handle = calls(published)
+    feature_sets(published, ds.read(PUBLISHED / "im0.png"), {"": chosen})
+    handle.remove()
+    assert seen == [2] * 11  # 60, 59, ..., 51, and the reading at 50
+
+
+def test_members_average_to_the_features(published):
+    picture, chosen = (
+        smooth_picture(3, 64, 64),
+        recipe(published, t=50, site="up.1", size="64", ensemble=3, second_t=90),
+    )
+    members = [values["up.1"] for _, _, values in member_maps(published, picture, {"": chosen}, chunk=2)]
+    assert len(members) == 3
+    assert (
+        relative(torch.stack(members).mean(0), feature_sets(published, picture, {"": chosen})[""]["up.1"].values) < 1e-6
+    )
+
+
+def test_shared_draws_do_not_depend_on_the_timestep(published):
+    picture = smooth_picture(4, 64, 64)
+    recipes = {str(t): recipe(published, t=t, site="up.1", size="64", ensemble=1) for t in (50, 51)}
+    near = feature_sets(published, picture, recipes, noise="shared")
+    far = feature_sets(published, picture, recipes)
+    gap = relative(near["50"]["up.1"].values, near["51"]["up.1"].values)
+    assert gap < relative(far["50"]["up.1"].values, far["51"]["up.1"].values)
+
+
+def test_sharing_costs_less_than_half_of_the_naive_sequence(published, edges):
+    """Six techniques on the practical set, one pass each as the paper has them; naively each is encoded and run whole."""
+    picture = ds.read(PUBLISHED / "im0.png")
+    base = {"t": 50, "site": "practical", "size": "128", "ensemble": 1}
+    techniques = [
+        {"prompt": "a cat"},
+        {"prompt": "a cat", "seed": 1},
+        {},
+        {"seed": 2},
+        {"control": edges},
+        {"control": edges, "seed": 1},
+    ]
+    recipes = {str(i): recipe(published, **{**base, **one}) for i, one in enumerate(techniques)}
+    with FlopCounterMode(display=False) as ours:
+        feature_sets(published, picture, recipes)
+    pixels = picture.resized((128, 128))[None]
+    with FlopCounterMode(display=False) as naive, torch.no_grad():
+        for one in recipes.values():
+            published.encode(pixels)
+            noisy = torch.zeros(1, 4, 16, 16)
+            condition = published.condition(None)
+            if one.control:
+                from denoscope.denoisers.control import control_input
+
+                condition = ds.Condition(condition.tokens, {}, (control_input(published, edges, picture, (128, 128)),))
+            published.predict(noisy, 50, condition)
+    assert ours.get_total_flops() < 0.5 * naive.get_total_flops()
+
+
+def test_contradictions_are_named(published):
+    cases = [
+        ({"denoise_from": 40, "t": 50}, "40 lies below t = 50"),
+        ({"denoise_from": 60, "t": 50, "second_t": 90}, "second_t"),
+        ({"noise": "none", "second_t": 90}, "clean latents"),
+        ({"img2img": 1.5}, "between 0 and 1"),
+        ({"guidance": float("nan")}, "guidance scale"),
+        ({"timestep_mode": "gfd"}, "exact or gdf"),
+        ({"pool": 0}, "whole number"),
+        ({"control": 3}, "not understood"),
+        ({"control": {"model": "x", "strength": 1}}, "'strength'"),
+        ({"lora": {"scale": 1}}, "'path'"),
+        ({"contrl": "x"}, "no setting 'contrl'"),
+        ({"second_t": 1000}, "Timestep 1000"),
+    ]
+    for technique, sentence in cases:
+        with pytest.raises(ds.InputError, match=sentence):
+            recipe(published, **technique)
+
+
+def test_denoising_without_control_says_what_it_does(published):
+    chosen = recipe(published, t=50, site="up.1", size="64", ensemble=1, denoise_from=52)
+    with pytest.warns(UserWarning, match="ControlNet"):
+        feature_sets(published, smooth_picture(6, 64, 64), {"": chosen})
+
+
+names = st.text("abcé-_ .\"'@", min_size=1, max_size=8)
+values = st.one_of(st.integers(0, 999), st.floats(0, 9), names)
+
+
+class TestFiles:
+    @settings(max_examples=25, deadline=None)
+    @given(
+        st.dictionaries(
+            names.filter(lambda name: name != "notes"),
+            st.fixed_dictionaries({"prompt": names.filter(lambda text: text[0] != "@"), "t": st.integers(0, 999)}),
+            min_size=1,
+        )
+    )
+    def test_recipes_come_back_as_they_were(self, tmp_path_factory, techniques):
+        folder = tmp_path_factory.mktemp("recipe")
+        settings = {
+            "t": 50,
+            "site": "up.1+up.2",
+            "size": "long48+long96",
+            "control": [{"model": "some/id", "scale": 0.5}],
+        }
+        for suffix in (".toml", ".json"):
+            path = write_recipe(folder / f"r{suffix}", "seedling", settings, {"found": 1.5}, "mean", techniques)
+            found = read_recipe(path)
+            assert (found.model, found.settings, found.amalgamate, found.techniques) == (
+                "seedling",
+                settings,
+                "mean",
+                techniques,
+            )
+
+    def test_paths_are_those_beside_the_file(self, tmp_path, monkeypatch):
+        (tmp_path / "canny").mkdir()
+        (tmp_path / "words.json").write_text("{}")
+        (tmp_path / "t.toml").write_text(
+            '[a]\ncontrol = "canny@0.5"\nprompt = "@words.json"\n[b]\ncontrol = [{ model = "canny", image = "canny" }]\n'
+        )
+        found = read_techniques(tmp_path / "t.toml")
+        assert found["a"] == {"control": f"{tmp_path / 'canny'}@0.5", "prompt": f"@{tmp_path / 'words.json'}"}
+        assert found["b"] == {"control": [{"model": str(tmp_path / "canny"), "image": "canny"}]}
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "deep").mkdir()
+        path = write_recipe("deep/r.toml", "seedling", {"control": [{"model": "canny"}]})
+        assert "../canny" in path.read_text()
+        assert read_recipe(tmp_path / "deep" / "r.toml").settings["control"][0]["model"].endswith("deep/../canny")
+
+    @pytest.mark.parametrize(
+        ("text", "sentence"),
+        [
+            ("t = 5\n", "which model"),
+            ('model = "seedling"\ntee = 5\n', "unknown setting 'tee'"),
+            ('model = "seedling"\namalgamate = "mean"\n', "both amalgamate and"),
+            ("model = \n", "is not TOML"),
+        ],
+    )
+    def test_bad_recipes_are_named(self, tmp_path, text, sentence):
+        (tmp_path / "r.toml").write_text(text)
+        with pytest.raises(ds.InputError, match=sentence):
+            read_recipe(tmp_path / "r.toml")
+
+    def test_bad_techniques_are_named(self, tmp_path):
+        for text, sentence in (
+            ("", "names no techniques"),
+            ("x = 1\n", "x is no table"),
+            ("[x]\ny = 1\n", r"'y' in \[x\]"),
+        ):
+            (tmp_path / "t.toml").write_text(text)
+            with pytest.raises(ds.InputError, match=sentence):
+                read_techniques(tmp_path / "t.toml")
+        with pytest.raises(ds.MissingError):
+            read_techniques(tmp_path / "none.toml")
+
+
+def test_verbs_read_features_as_a_recipe_says(run, tmp_path, seedling):
+    picture = smooth_picture(7)
+    ds.write(picture, tmp_path / "p.png")
+    write_recipe(
+        tmp_path / "r.toml", "seedling", {"t": 90, "site": "up.2", "ensemble": 1, "size": "long48", "prompt": "bird"}
+    )
+    status, _, err = run(
+        "features", tmp_path / "p.png", "--recipe", tmp_path / "r.toml", "--t", 60, "--out", tmp_path / "out"
+    )
+    assert status == 0, err
+    fm = ds.FeatureMap.load(tmp_path / "out" / "p.safetensors")
+    own = ds.features(seedling, tmp_path / "p.png", t=60, site="up.2", ensemble=1, size="long48", prompt="bird")
+    assert torch.equal(fm.values, own.values)
+
+
+def test_a_recipe_of_several_techniques_is_an_amalgam(run, tmp_path, seedling):
+    ds.write(smooth_picture(8), tmp_path / "p.png")
+    techniques = {"none": {}, "words": {"prompt": "bird"}}
+    base = {"t": 20, "site": "up.1", "ensemble": 1, "size": "long48"}
+    write_recipe(tmp_path / "r.toml", "seedling", base, None, "mean", techniques)
+    status, _, err = run("features", tmp_path / "p.png", "--recipe", tmp_path / "r.toml", "--out", tmp_path / "out")
+    assert status == 0, err
+    maps = [ds.features(seedling, tmp_path / "p.png", **base, **one).values for one in techniques.values()]
+    found = ds.FeatureMap.load(tmp_path / "out" / "p.safetensors").values
+    assert relative(found, torch.stack(maps).mean(0)) < 1e-5
+    members = Amalgam(Dift(seedling, recipe(seedling, **base)), techniques).members(ds.read(tmp_path / "p.png"))
+    assert relative(aggregate([members["words"]]).values, maps[1]) < 1e-5
