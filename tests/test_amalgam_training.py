@@ -210,7 +210,9 @@ def test_a_stopped_training_ends_as_one_that_was_not(sd, folder, tmp_path, offic
     config = AmalgamConfig(steps=12, every=4, official=official, count=2, gamma2=0 if official else 0.01)
 
     def go(name: str, **options) -> None:
-        train_amalgam(extractor, data, items[:3], items[3:], tmp_path / name, tmp_path / "f", config=config, **options)
+        train_amalgam(
+            extractor, data, items[:3], items[3:], tmp_path / name, folder / "features", config=config, **options
+        )
 
     def stop(step: int, loss: float, seconds: float) -> None:
         if step == 10:
@@ -237,7 +239,14 @@ def test_a_checkpoint_of_another_training_is_not_taken(sd, folder, tmp_path) -> 
     def go(seed: int, **options) -> None:
         config = AmalgamConfig(steps=3, every=1, seed=seed)
         train_amalgam(
-            extractor, data, items[:3], items[3:], tmp_path / "w.safetensors", tmp_path / "f", config=config, **options
+            extractor,
+            data,
+            items[:3],
+            items[3:],
+            tmp_path / "w.safetensors",
+            folder / "features",
+            config=config,
+            **options,
         )
 
     def stop(step: int, loss: float, seconds: float) -> None:
@@ -327,11 +336,6 @@ def test_pixels_learn_which_map_to_trust(seedling, tmp_path) -> None:
     single = base(validation.examples[0].read())
     assert made.values.shape[0] == 2 * single.values.shape[0]
     assert made.recipe["amalgam"]["pixels"] is True
-    again = train_pixel_amalgam(
-        extractor, train, validation, tmp_path / "q.safetensors", tmp_path / "f",
-        config=PixelAmalgamConfig(steps=120, every=40, lr=3e-3),
-    )  # fmt: skip
-    assert again["looks"] == told["looks"]
 
 
 def test_pixels_by_the_official_loss(sd, tmp_path) -> None:

@@ -14,6 +14,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
 import denoscope as ds
+from denoscope.benchmarks.pairs import Pairs
 from denoscope.benchmarks.pck import Pair
 from denoscope.benchmarks.semantic import transfer_square
 from denoscope.errors import InputError, MissingError
@@ -313,6 +314,9 @@ def test_square_protocol_needs_the_whole_picture() -> None:
     half = ds.FeatureMap(torch.randn(3, 4, 6), Frame.of((96, 64)).crop(0, 0, 48, 64).resize((6, 4)), {})
     with pytest.raises(InputError, match="cover the whole picture"):
         transfer_square(half, half, torch.tensor([[3.0, 4.0]]).double())
+    for wrong in ({"square": -1}, {"square": 512, "flip": True}, {"square": 512, "soft": 2.0}):
+        with pytest.raises(InputError, match="square is a side"):
+            Pairs(HEADS / "pairs.json", **wrong)
 
 
 def test_assigners_survive_a_file(tmp_path) -> None:

@@ -53,6 +53,7 @@ def test_everything(run, photos, tmp_path):
     assert json.loads((out / "shift.json").read_text())["pictures"][:3] == shift["pictures"]
 
 
+@pytest.mark.filterwarnings("default::UserWarning")
 def test_one_picture_with_the_built_in_techniques(run, photos, tmp_path):
     out = tmp_path / "out"
     status, printed, errors = run("shift", "seedling", photos / "0.png", *QUICK, "--no-gate", "--out", out)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import denoscope as ds
 from denoscope.denoisers.control import canny, control_input, load_control
+from denoscope.denoisers.lora import adapters
 from denoscope.denoisers.protocol import Condition, ControlInput
 from denoscope.errors import InputError, MissingError
 from denoscope.sampling import ClassifierFree, trajectory
@@ -396,3 +397,42 @@ def test_what_cannot_be_sampled(models: Models) -> None:
     for scale in (float("nan"), float("inf")):
         with pytest.raises(InputError, match="finite"):
             control_input(denoiser, nets[0], edges(64, 64), (64, 64), scale)
+
+
+def test_control_changes_rows_of_samples_made_in_parts(models: Models) -> None:
+    _, denoiser, nets = models("sd")
+    network = load_control(nets[0], denoiser)
+    shown = [control_input(denoiser, network, edges(64, 64, seed), (64, 64)) for seed in (1, 2)]
+    both = Condition.stack([told(denoiser, one) for one in shown]).controls
+    given: dict[str, Any] = {"steps": 2, "size": 64}
+    whole = ds.sample(denoiser, [PROMPT] * 2, seed=4, at_once=1, control=list(both), **given)
+    for i in range(2):
+        alone = ds.sample(denoiser, [PROMPT], seed=4 + i, control=[shown[i]], **given)
+        assert relative(whole.latents[i : i + 1], alone.latents) < 1e-5
+
+
+def test_the_command(run: Any, tmp_path: Path) -> None:
+    pipeline, control = RECORDED / "pipeline", RECORDED / "controlnet"
+    denoiser = ds.load(pipeline, device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    down, up = torch.randn(2, 8, generator=generator), torch.randn(8, 2, generator=generator)
+    key = "unet.down_blocks.0.attentions.0.proj_in"
+    lora = tmp_path / "lora.safetensors"
+    save_file({f"{key}.lora_A.weight": down[..., None, None], f"{key}.lora_B.weight": up[..., None, None]}, lora)
+    image = f"canny:{RECORDED / 'im0.png'}"
+    asked = ["sample", PROMPT, "--model", pipeline, "--steps", 2, "--size", "64x96", "--guidance", 1]
+    techniques = ["--control", f"{control}@0.5", "--control-image", image, "--lora", f"{lora}@0.7"]
+    assert run(*asked, *techniques, "--out", tmp_path / "made")[0] == 0
+    picture = np.array(ds.read(RECORDED / "im0.png").image().resize((64, 96)))
+    shown = control_input(denoiser, load_control(control, denoiser), ds.read(canny(picture)), (64, 96), 0.5)
+    with adapters(denoiser, [(lora, 0.7)]):
+        expected = ds.sample(denoiser, [PROMPT], steps=2, size=(64, 96), control=[shown]).pictures[0]
+    made = ds.read(tmp_path / "made" / "000000.png")
+    assert (made.pixels - expected.pixels).abs().max() < 1 / 255
+    status, _, told_why = run(*asked, *techniques[:-1], f"{lora}@0.3", "--out", tmp_path / "made")
+    assert status == 2
+    assert "(lora)" in told_why
+    for wrong, sentence in ((techniques[:2], "give one for each"), (techniques[2:4], "give --control")):
+        status, _, told_why = run(*asked, *wrong, "--out", tmp_path / "other")
+        assert status == 2
+        assert sentence in " ".join(told_why.split())

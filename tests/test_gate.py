@@ -2,19 +2,25 @@
 
 import csv
 import json
+import warnings
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from conftest import smooth_picture
+from diffusers import ControlNetModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 
 import denoscope as ds
 from denoscope.errors import InputError
 from denoscope.features.gate import Gate, GateChoices, Gatekeeper, gate
 from denoscope.features.likeness import edge_f1, psnr, ssim, verdict
+from denoscope.features.shift import content_shift
+from denoscope.features.weights import weights_digest
 
 SMALL = {"size": "long48"}
 QUICK = {"seeds": 2, "steps": 4}
@@ -78,6 +84,7 @@ UP, SOME, DOWN, ZERO = (0.2, 0.4), (-0.2, 0.4), (-0.4, -0.2), (0.0, 0.0)
         ((SOME, SOME, SOME), "undecided"),
         ((ZERO, ZERO, ZERO), "no effect"),
         (((0.01, 0.02), (0.001, 0.002), (0.001, 0.002)), "no effect"),  # surely there, but too little to count
+        ((DOWN, (-0.002, -0.001), (-0.03, 0.02)), "undecided"),  # sure of one alone
         ((UP, UP, None), "undecided"),
     ],
 )
@@ -180,3 +187,54 @@ def test_nothing_to_show(seedling, tmp_path):
         found.save(tmp_path / "gate.png")
     with pytest.raises(InputError, match="no pictures"):
         gate(seedling, [], {}, settings=SMALL)
+
+
+def test_controls_and_adapters(sd, tmp_path):
+    """What acts changes the picture, what has scale 0 does not, and the model is as it was."""
+    torch.manual_seed(0)
+    network = ControlNetModel.from_unet(sd.unet)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    network.save_pretrained(tmp_path / "control")
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    out, into = sd.unet.get_submodule(layer).weight.shape
+    save_file(
+        {f"unet.{layer}.lora_A.weight": torch.randn(2, into), f"unet.{layer}.lora_B.weight": torch.randn(out, 2)},
+        tmp_path / "lora.safetensors",
+    )
+    control, lora = str(tmp_path / "control"), str(tmp_path / "lora.safetensors")
+    techniques = {
+        "edges": {"control": {"model": control, "low": 2, "high": 4}},
+        "no edges": {"control": f"{control}@0"},
+        "adapted": {"lora": lora},
+        "not adapted": {"lora": f"{lora}@0"},
+    }
+    keeper = Gatekeeper(sd, techniques, GateChoices(**QUICK), wrong_control=True, size="80x64")
+    weights = weights_digest(sd.network)
+    pictures = [smooth_picture(0), smooth_picture(1)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # smooth pictures have no edges at the published thresholds
+        images = keeper.repaint(*pictures)
+        found = gate(sd, pictures, techniques, wrong_control=True, settings={"size": "80x64"}, **QUICK)
+    plain = images["plain"]
+    for name in ("no edges", "not adapted", "wrong:no edges"):
+        assert torch.allclose(images[name], plain, atol=1e-4)
+    for name in ("edges", "adapted", "wrong:edges"):
+        assert (images[name] - plain).abs().max() > 1e-3
+    assert (images["edges"] - images["wrong:edges"]).abs().max() > 1e-3
+    assert weights_digest(sd.network) == weights
+    assert {row.technique: row.verdict for row in found.rows}["no edges"] == "no effect"
+    assert [row.technique for row in found.rows][-2:] == ["wrong:edges", "wrong:no edges"]
+
+
+def test_class_labels(tmp_path):
+    """Models that are told class numbers, which have transformer blocks."""
+    _, folder = tiny.saved(tmp_path, "dit")
+    dit = ds.load(folder, device="cpu")
+    techniques = {"tench": {"prompt": 0}, "goldfish": {"prompt": 1}}
+    found = content_shift(dit, [smooth_picture(0)], techniques, draws=1, sites="block.1", settings={"size": 64})
+    assert [row.technique for row in found.rows] == ["plain", "tench", "goldfish"]
+    assert found.settings["adaln"] is True
+    checked = gate(dit, [smooth_picture(0)], techniques, settings={"size": 64, "site": "block.1"}, **QUICK)
+    assert checked.rows[1].means["psnr"] != checked.rows[2].means["psnr"]

@@ -153,7 +153,8 @@ def test_block_numbers_of_the_original_sdxl_are_known(tmp_path):
 def test_joined_projections_of_the_original_flux_are_split(tmp_path):
     _, folder = tiny.saved(tmp_path / "flux", "flux")
     denoiser = ds.load(folder, device="cpu")
-    down, up = torch.randn(2, 32), torch.randn(96, 2)
+    generator = torch.Generator().manual_seed(0)
+    down, up = torch.randn(2, 32, generator=generator), torch.randn(96, 2, generator=generator)
     key = "lora_unet_double_blocks_0_img_attn_qkv"
     file = saved(
         tmp_path, {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(1.0)}

@@ -157,6 +157,17 @@ def test_short_denoising_takes_the_passes_it_says(published, edges):
     assert seen == [2] * 11  # 60, 59, ..., 51, and the reading at 50
 
 
+def test_long_prompts_can_be_guided(published):
+    words = " ".join(["cat"] * 75)
+    base = {"t": 50, "site": "up.1", "size": "64", "ensemble": 1, "prompt": words, "long_prompts": "chunks"}
+    recipes = {str(s): recipe(published, **base, guidance=s) for s in (0.0, 1.0, 3.0)}
+    recipes["cut"] = recipe(published, **{**base, "long_prompts": "cut"})
+    recipes["both"] = recipe(published, **base, guidance=2.0, img2img=0.2)
+    found = {k: one["up.1"].values for k, one in feature_sets(published, smooth_picture(9, 64, 64), recipes).items()}
+    assert relative(found["3.0"], found["0.0"] + 3 * (found["1.0"] - found["0.0"])) < 1e-5
+    assert not torch.equal(found["1.0"], found["cut"])  # the words beyond the 77th token are told
+
+
 def test_members_average_to_the_features(published):
     picture, chosen = (
         smooth_picture(3, 64, 64),

@@ -37,11 +37,11 @@ SPAIR = GOLDEN / "dift-eval" / "SPair-71k"
 def tiny():
     """A pixel-space model of random weights: t 20, up.0, ensemble 2 are its preset."""
     torch.manual_seed(0)
-    unet = diffusers.UNet2DModel(sample_size=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+    unet = diffusers.UNet2DModel(sample_size=16, block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=4,
                                  down_block_types=["DownBlock2D"] * 2, up_block_types=["UpBlock2D"] * 2)  # fmt: skip
     schedule = ds.NoiseSchedule.from_betas(np.linspace(1e-4, 0.02, 1000))
     model = UNetDenoiser(unet.eval().requires_grad_(False), schedule)
-    model.presets = {"semantic": {"t": 20, "site": "up.0", "ensemble": 2, "size": "long32"}}
+    model.presets = {"semantic": {"t": 20, "site": "up.0", "ensemble": 2, "size": "long16"}}
     return model
 
 
@@ -118,13 +118,15 @@ def test_the_search_finds_what_was_planted_and_says_how_it_compares(tiny, tmp_pa
     assert halves[200] == found.items == 8
 
 
-@pytest.mark.parametrize("ensembles", [(1,), (1, 2), (2, 3)])
+@pytest.mark.parametrize("ensembles", [(1,), (2, 3)])
 def test_rows_are_counted_exactly_and_never_exceed_the_budget(tiny, tmp_path, ensembles):
     spent = []
-    for budget in (38, 60, 90, 140, 500):
+    for budget in (30, 70, 130):
         with counted_rows(tiny) as counter:
             try:
-                found = tune(tiny, Planted(peak, noise=2), budget=budget, **GRID, ensembles=ensembles, out=tmp_path / str(budget))
+                found = tune(
+                    tiny, Planted(peak, noise=2), budget=budget, **GRID, ensembles=ensembles, out=tmp_path / str(budget)
+                )
             except InputError as error:
                 needed = int(str(error).split("takes ")[1].split(" ")[0])
                 assert needed > budget
@@ -135,7 +137,7 @@ def test_rows_are_counted_exactly_and_never_exceed_the_budget(tiny, tmp_path, en
         assert counter.rows == found.rows <= budget
         spent.append(found.items)
     assert spent == sorted(spent)
-    assert spent[-1] == 8
+    assert spent[-1] > 3
 
 
 def test_a_stopped_search_goes_on_and_reads_nothing_twice(tiny, tmp_path):
@@ -143,7 +145,7 @@ def test_a_stopped_search_goes_on_and_reads_nothing_twice(tiny, tmp_path):
     with counted_rows(tiny) as whole:
         expected = tune(tiny, Planted(peak, noise=2), **grid, out=tmp_path / "a")
     task, rows = Planted(peak, noise=2), 0
-    for stop in (1, 20, 3, 40, None):
+    for stop in (20, 3, None):
         task.stop_after = stop
         with counted_rows(tiny) as part:
             if stop is None:
@@ -169,7 +171,9 @@ def test_what_nothing_beats_is_kept_and_ties_go_to_fewer_rows(tiny):
     assert same.choice == same.preset
     assert same.verdict == "keep"
     assert same.sentence.startswith("Keep the preset (t 20, up.0, ensemble 2)")
-    worse = tune(tiny, Planted(lambda t, site: -float(t), noise=0), budget=300, times=[500], sites=["mid"], ensembles=(2,))
+    worse = tune(
+        tiny, Planted(lambda t, site: -float(t), noise=0), budget=300, times=[500], sites=["mid"], ensembles=(2,)
+    )
     assert (worse.verdict, worse.choice) == ("keep", worse.preset)
 
 
@@ -184,9 +188,7 @@ def test_the_choice_is_never_worse_than_chance_nor_dearer_than_the_best(seed, co
     best = max(values, key=lambda setting: values[setting].mean())
     assert choice.rows <= best.rows
     assert choice == best or choice.rows < best.rows
-    same = [s for s in values if s.rows == choice.rows and s.rows < best.rows and s != choice]
-    assert all(values[s].mean() <= values[choice].mean() or (values[best] - values[s]).min() > 0 or True for s in same)
-    assert choose({s: values[best] for s in values}).rows == min(s.rows for s in values)
+    assert choose(dict.fromkeys(values, values[best])).rows == min(s.rows for s in values)
 
 
 def test_values_are_those_of_the_benchmark(tiny, tmp_path):
@@ -212,11 +214,12 @@ def test_values_are_those_of_the_benchmark(tiny, tmp_path):
         ({"prompt": "a cat"}, 1),
         ({"guidance": 2.0, "prompt": "a cat"}, 2),
         ({"second_t": 30}, 2),
-        ({"size": "64+32"}, 2),
+        ({"size": "64+72"}, 2),
         ({"denoise_from": 24}, None),
         ({"img2img": 0.1}, None),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Denoising without")
 def test_what_a_technique_takes_is_known_beforehand(sd, tmp_path, technique, rows):
     base = {"size": "64", "t": 20, **technique}
     t = base.pop("t")
@@ -231,8 +234,8 @@ def test_techniques_are_compared_and_end_in_the_recipe(sd, tmp_path):
     task = PairsTask(open_pairs(SPAIR), limit=3)
     told = {"words": {"prompt": "a photo of a cat"}, "both": {"second_t": 60, "img2img": 0.05}}
     with counted_rows(sd) as counter:
-        found = tune(sd, task, budget=400, times=[20], sites=["up.1"], techniques=told, prompt="a photo", sizes=["32"],
-                     preset="temporal", out=tmp_path)  # fmt: skip
+        found = tune(sd, task, budget=400, times=[20], sites=["up.1"], techniques={"plain": {"size": "64"}, **told},
+                     prompt="a photo", preset="temporal", out=tmp_path)  # fmt: skip
     assert counter.rows == found.rows <= 400
     assert {cell["technique"] for cell in found.cells} >= {"plain", "words", "both"}
     recipe = write_recipe(tmp_path / "r.toml", str(GOLDEN / "dift-sd" / "pipeline"), found.settings)
@@ -262,14 +265,13 @@ def test_masks_score_features_by_what_they_tell_apart():
     items = task.items(range(5))
     colour = Patches(stride=1, reach=0)
 
-    def raw(picture):
-        fm = BASELINES["position"](stride=4)(picture)
-        return fm
-
     def colours(picture):
         return ds.FeatureMap(picture.pixels, colour(picture).frame)
 
-    good, bad = (np.mean([task.evaluate(item, f, {})["score"] for item in items]) for f in (colours, raw))
+    good, bad = (
+        np.mean([task.evaluate(item, f, {})["score"] for item in items])
+        for f in (colours, BASELINES["position"](stride=4))
+    )
     assert good > 97
     assert bad < 60
     # nothing of a picture that is scored was trained on, and fewer pictures make other items
@@ -307,11 +309,11 @@ def test_positions_are_not_consistent_by_way_of_a_cut_out():
 
 
 def test_content_shift_tells_techniques_apart_where_there_are_no_labels(sd):
-    task = UnlabelledTask([smooth_picture(i, 64, 48) for i in range(3)], points=4)
+    task = UnlabelledTask([smooth_picture(i, 64, 48) for i in range(2)], points=4)
     told = {"words": {"prompt": "a photo of a cat"}}
     with counted_rows(sd) as counter:
-        found = tune(sd, task, budget=200, times=[20, 60], sites=["up.1", "up.2"], techniques=told, preset="temporal",
-                     sizes=["64"], ensembles=(1, 2))  # fmt: skip
+        found = tune(sd, task, budget=200, times=[20], sites=["up.1"], techniques={"plain": {"size": "64"}, **told},
+                     preset="temporal", ensembles=(1, 2))  # fmt: skip
     assert counter.rows == found.rows <= 200
     assert found.weak
     assert "without labels" in found.sentence
@@ -326,14 +328,17 @@ def test_content_shift_tells_techniques_apart_where_there_are_no_labels(sd):
         tune(sd, task, budget=200, techniques={"depth": {"control": {"model": "folder", "image": "depths"}}})
 
 
-def test_what_was_kept_aside_decides(tiny):
-    found = tune(tiny, Planted(peak, count=12, noise=0.5), budget=400, **GRID, holdout=0.25)
-    assert found.items == 9
+def test_what_was_kept_aside_decides_and_few_items_decide_nothing(tiny):
+    found = tune(tiny, Planted(peak, count=14, noise=0.5), budget=400, **GRID, holdout=0.43)
+    assert found.items == 8
     assert found.holdout is not None
-    assert (found.holdout["items"], found.holdout["shared"]) == (3, 0)
+    assert (found.holdout["items"], found.holdout["shared"]) == (6, 0)
     assert found.verdict == "better"
-    assert "on 3 items kept aside" in found.sentence
+    assert "on 6 items kept aside" in found.sentence
     assert found.gain[0] == pytest.approx(23, abs=1.5)
+    few = tune(tiny, Planted(peak, count=5, noise=0.5), budget=400, **GRID)
+    assert few.verdict == "cheaper"  # whatever five items say
+    assert "5 items cannot show" in few.notes[0]
     with pytest.raises(InputError, match="cannot be parted"):
         tune(tiny, Planted(peak, count=2), budget=400, holdout=0.5)
 
@@ -390,14 +395,22 @@ def test_results_are_saved_whole(tiny, tmp_path):
 def test_wrong_grids_are_refused(tiny, options, message):
     with pytest.raises(InputError, match=message):
         tune(tiny, Planted(peak), **{"budget": 100, **options})
+
+
+def test_baselines_have_nothing_to_tune():
     with pytest.raises(InputError, match="no settings to search"):
-        tune(BASELINES["rgb"](), Planted(peak), budget=100)  # pyright: ignore[reportArgumentType]
+        tune(BASELINES["rgb"](), Planted(peak), budget=100)
 
 
 def pairs_file(folder, **changes):
     for name in ("a", "b"):
         smooth_picture(ord(name), 40, 30).image().save(folder / f"{name}.png")
-    pair = {"source": "a.png", "target": "b.png", "source_points": [[3, 4], [20, 10]], "target_points": [[5, 5], [22, 12]]}
+    pair = {
+        "source": "a.png",
+        "target": "b.png",
+        "source_points": [[3, 4], [20, 10]],
+        "target_points": [[5, 5], [22, 12]],
+    }
     pair = {key: value for key, value in {**pair, **changes}.items() if value is not None}
     (folder / "pairs.json").write_text(json.dumps([pair]))
     return folder / "pairs.json"
@@ -441,4 +454,4 @@ def test_files_that_hold_no_pairs(tmp_path):
     with pytest.raises(MissingError):
         open_pairs(tmp_path / "none.json")
     with pytest.raises(MissingError, match="PairAnnotation"):
-        open_pairs(tmp_path)
+        PairsTask(open_pairs(tmp_path))

@@ -20,25 +20,31 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
 from PIL import Image
 
 from denoscope.benchmarks.protocol import Features, Item, Record, Row
-from denoscope.benchmarks.segmentation_names import CAMVID, SETS
+from denoscope.benchmarks.segmentation_data import (
+    CAMVID,
+    CONVENTIONS,
+    SETS,
+    ade_names,
+    apart,
+    beside,
+    counts,
+    mean_iou,
+    read_labels,
+)
 from denoscope.errors import InputError, MissingError
 from denoscope.features import FeatureMap
 from denoscope.images import Picture, read
 from denoscope.images.draw import contact_sheet
-from denoscope.images.picture import IMAGE_SUFFIXES, _opened
 from denoscope.segmentation.ensemble import classified, fit, uncertainty
-from denoscope.segmentation.examples import Example, as_labels
+from denoscope.segmentation.examples import Example
 from denoscope.segmentation.few_shot import Side, gather, label_size
 from denoscope.segmentation.masks import Classes, overlay, with_legend
 from denoscope.segmentation.pixels import IGNORED, Labels, PixelStore, resized_labels
 
-CONVENTIONS = ("official", "standard")
 _SHOWN = 3  # test pictures of a run whose predictions are kept, to be drawn
-Counts = Int[np.ndarray, " classes"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,34 +54,6 @@ class Split:
     train: Sequence[tuple[Path, Path]]
     test: Sequence[tuple[Path, Path]]
     seed: int
-
-
-def counts(predicted: Labels, truth: Labels, classes: int, convention: str = "official") -> tuple[Counts, Counts]:
-    """Pixels in the intersection and in the union of prediction and truth, for every class. IGNORED is no class."""
-    if predicted.shape != truth.shape:
-        raise InputError(f"A prediction is {list(predicted.shape)} but the truth {list(truth.shape)}.")
-    if convention not in CONVENTIONS:
-        raise InputError(f"There is no convention {convention!r}; choose one of {', '.join(CONVENTIONS)}.")
-    known = truth != IGNORED
-    predicted = predicted if convention == "official" else np.where(known, predicted, IGNORED)
-    both = np.bincount(truth[known & (predicted == truth)], minlength=classes)
-    own = np.bincount(truth[known], minlength=classes) + np.bincount(predicted[predicted >= 0], minlength=classes)
-    return both, own - both
-
-
-def mean_iou(
-    intersections: Sequence[int] | Counts,
-    unions: Sequence[int] | Counts,
-    counted: Sequence[int],
-    convention: str = "official",
-) -> tuple[float, list[float]]:
-    """The mean over the counted classes, and the IoU of each (NaN where "standard" leaves a class out), 0..1."""
-    both, either = np.asarray(intersections, float)[list(counted)], np.asarray(unions, float)[list(counted)]
-    if convention == "official":
-        found = both / (either + 1e-8)
-        return float(found.mean()), found.tolist()
-    found = np.divide(both, either, out=np.full(len(both), np.nan), where=either > 0)
-    return (float(np.nanmean(found)) if (either > 0).any() else 0.0), found.tolist()
 
 
 @dataclass
@@ -400,7 +378,7 @@ class ADE20K(Shots):
     @property
     def classes(self) -> Classes:
         listed = Path(self.root) / "objectInfo150.txt"
-        names = _ade_names(listed) if listed.is_file() else [f"label {k + 1}" for k in range(150)]
+        names = ade_names(listed) if listed.is_file() else [f"label {k + 1}" for k in range(150)]
         return Classes.of(names)
 
     @property
@@ -417,58 +395,6 @@ class ADE20K(Shots):
         root = Path(self.root)
         train, test = (apart(root / "images" / part, root / "annotations" / part) for part in (self.train, self.split))
         return train, test
-
-
-def read_labels(path: Path, ignore: int) -> Labels:
-    """Class numbers of a .npy array or of an indexed or grey picture, IGNORED where they are `ignore`."""
-    if not path.is_file():
-        raise MissingError(f"There is no mask {path}.")
-    if path.suffix == ".npy":
-        try:
-            values = np.load(path)
-        except (OSError, ValueError, EOFError) as error:
-            raise InputError(f"{path} is no array that can be read ({error}).") from None
-    else:
-        with _opened(path) as image:
-            if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
-                raise InputError(f"{path} is a picture in {image.mode}; masks hold class numbers, indexed or grey.")
-            values = np.array(image)
-    return as_labels(values, str(path), ignore)
-
-
-def beside(folder: Path) -> list[tuple[Path, Path]]:
-    """Pictures of a folder and the .npy masks beside them."""
-    if not folder.is_dir():
-        raise MissingError(f"There is no folder {folder}.")
-    pictures = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES]
-    found = [(path, path.with_suffix(".npy")) for path in pictures]
-    return _complete(found, folder)
-
-
-def apart(folder: Path, masks: Path) -> list[tuple[Path, Path]]:
-    """Pictures of a folder and the PNG masks of the same names in another."""
-    for needed in (folder, masks):
-        if not needed.is_dir():
-            raise MissingError(f"There is no folder {needed}.")
-    pictures = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES]
-    return _complete([(path, masks / f"{path.stem}.png") for path in pictures], folder)
-
-
-def _complete(pairs: list[tuple[Path, Path]], folder: Path) -> list[tuple[Path, Path]]:
-    if not pairs:
-        raise MissingError(f"There are no pictures in {folder}.")
-    if lacking := [(picture, mask) for picture, mask in pairs if not mask.is_file()]:
-        raise MissingError(f"{lacking[0][0]} has no mask {lacking[0][1]}.")
-    return pairs
-
-
-def _ade_names(path: Path) -> list[str]:
-    """The first name of each of the 150 classes, from the table that comes with the data."""
-    lines = [line.split("\t") for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[1:151]]
-    names = [cells[-1].split(",")[0].strip() for cells in lines]
-    if len(names) != 150 or not all(names):
-        raise InputError(f"{path} does not list 150 classes.")
-    return names
 
 
 def _spread(values: Sequence[float]) -> float:

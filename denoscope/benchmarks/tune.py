@@ -26,7 +26,7 @@ from denoscope.benchmarks.tune_grid import blocks, candidates, checked, crossed,
 from denoscope.benchmarks.tune_reading import Arm, Reader
 from denoscope.benchmarks.tune_scoring import Scores
 from denoscope.benchmarks.tune_tasks import Task
-from denoscope.benchmarks.tuned import PLAIN, Setting, Tuned, choose
+from denoscope.benchmarks.tuned import FEWEST, PLAIN, Setting, Tuned, choose
 from denoscope.denoisers.protocol import Denoiser
 from denoscope.encoders.protocol import Encoder
 from denoscope.errors import InputError
@@ -39,7 +39,7 @@ FINALISTS = 2  # arms that are left when ensembles are compared
 
 
 def tune(
-    model: Denoiser | Encoder,
+    model: Any,
     task: Task,
     *,
     budget: int,
@@ -58,6 +58,7 @@ def tune(
 ) -> Tuned:
     """Search settings of `features` for a task.
 
+    model: a diffusion model or an encoder.
     budget: rows of the network (forward passes of one member of one picture) that the search may take; it stops before more.
         `exhaustive` and what a repeated run finds on disk are not held to it. A ControlNet's own passes are not counted.
     times: timesteps, by default 0, 51, 101 and 261. sites: names, sets or several joined by "+"; by default every block.
@@ -83,7 +84,7 @@ def tune(
 class _Search:
     def __init__(
         self,
-        model: Denoiser | Encoder,
+        model: Any,
         task: Task,
         out: Path,
         times: Sequence[int] | None,
@@ -312,7 +313,7 @@ class _Search:
             return (0.0, None, None), "keep"
         change = self._scores(choice, items) - self._scores(own, items)
         low, high = interval(change, seed=self.seed) or (None, None)
-        better = low is not None and low > 0
+        better = low is not None and low > 0 and len(change) >= FEWEST
         worse = high is not None and high < 0
         cheaper = choice.rows < own.rows and not worse
         return (float(change.mean()), low, high), "better" if better else "cheaper" if cheaper else "keep"
@@ -369,8 +370,11 @@ class _Search:
 
     def _notes(self, items: Sequence[Item], told: Mapping[str, Any] | None) -> list[str]:
         notes = []
-        if len(items) < 8:
-            notes.append(f"{len(items)} items are few: intervals from fewer than about 8 are too narrow.")
+        judged = len(items) if told is None else told["items"]
+        if judged < FEWEST:
+            notes.append(f"{judged} items cannot show that anything is better; that takes at least {FEWEST}.")
+        elif judged < 10:
+            notes.append(f"{judged} items are few: intervals from fewer than about 10 are too narrow.")
         if told is None:
             notes.append("The value of the choice is optimistic: it was chosen on the items that it was scored on.")
         elif told["shared"]:

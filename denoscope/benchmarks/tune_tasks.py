@@ -250,10 +250,10 @@ class UnlabelledTask:
     """Cycle consistency by way of another picture and back into a cut-out, and content shift. A stand-in, for want of labels.
 
     Points of a picture A (a grid of `points` x `points`) go to their matches in another picture B, and from there to their
-    matches in a cut-out of A (`share` of its sides, anywhere): the share of points that come back to within 0.1 of A's longer
-    side from where they set out. Were they matched back into A itself, features that know nothing but the position would be
-    perfectly consistent; in the cut-out every position has moved, and they are lost. What remains is that colour and texture
-    can be consistent too, so this favours what looks alike over what means the same.
+    matches in a cut-out of A (`share` of its sides, at a corner): the share of points that come back to within 0.1 of A's
+    longer side from where they set out. Were they matched back into A itself, features that know nothing but the position
+    would be perfectly consistent; in the cut-out all positions but those at the corner have moved, and they are lost. What
+    remains is that colour and texture can be consistent too, so this favours what looks alike over what means the same.
 
     Where techniques are compared, the change of the content-shift score against the plain features of the same timestep and
     site is added, `shift_weight` percent for a score of 1: the score tells techniques apart, and says nothing across timesteps
@@ -309,8 +309,9 @@ class UnlabelledTask:
 
     def _frame(self, picture: Picture) -> Frame:
         rng = random.Random(f"{self.seed}/{picture.digest}")
-        (w, h), cut = picture.size, [max(1, round(side * self.share)) for side in picture.size]
-        return Frame.of(picture.size).crop(rng.randint(0, w - cut[0]), rng.randint(0, h - cut[1]), cut[0], cut[1])
+        cut = [max(1, round(side * self.share)) for side in picture.size]
+        left, top = (rng.choice((0, side - own)) for side, own in zip(picture.size, cut, strict=True))
+        return Frame.of(picture.size).crop(left, top, cut[0], cut[1])
 
     def _cut_out(self, picture: Picture) -> Picture:
         frame = self._frame(picture)

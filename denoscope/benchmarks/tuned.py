@@ -15,6 +15,7 @@ from denoscope.images import save_result
 from denoscope.images.chart import chart
 
 PLAIN = "plain"
+FEWEST = 6  # items: by a sign test fewer cannot show a difference at 95 %, even when all of them agree (2 / 2^5 > 0.05)
 
 
 @dataclass(frozen=True)
@@ -117,14 +118,14 @@ class Tuned:
 def choose(values: Mapping[Setting, np.ndarray], seed: int = 0) -> Setting:
     """Of paired values [items] by setting: the best of the cheapest among those that chance does not tell from the best mean.
 
-    Chance: the bootstrap interval of the paired differences contains 0 (with a single item: always).
+    Chance: the bootstrap interval of the paired differences contains 0, or there are fewer than `FEWEST` of them.
     """
     means = {setting: float(scored.mean()) for setting, scored in values.items()}
     best = max(means, key=lambda setting: means[setting])
 
     def tied(setting: Setting) -> bool:
         found = interval(values[best] - values[setting], seed=seed)
-        return found is None or found[0] <= 0
+        return found is None or len(values[best]) < FEWEST or found[0] <= 0
 
     equal = [s for s in values if s == best or (s.rows < best.rows and tied(s))]
     fewest = min(setting.rows for setting in equal)

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from denoscope.cli import guidance as shared
 from denoscope.cli import options
+from denoscope.cli.control import controlled
 from denoscope.cli.guidance import RULES, SEEN, one_of
 from denoscope.errors import InputError
 
@@ -102,7 +103,7 @@ def sample(
     denoiser = ds.load(model, device, dtype)
     shared.check_steps(steps, denoiser)
     given: dict[str, Any] = {"steps": steps, "solver": solver, "size": shared.parse_size(size, denoiser)}
-    pictures = _start(given, denoiser, start, strength, mask) | _controlled(given, denoiser, control, control_image)
+    pictures = _start(given, denoiser, start, strength, mask) | controlled(given, denoiser, control, control_image)
     weights = loras(lora)
     n, sigmas = _levels(denoiser, given)
     partly = any(value is not None for value in (schedule, rate, k, always_last))
@@ -220,34 +221,6 @@ def _start(
     given |= {"start": resized, "strength": strength, "mask": inside, "size": size}
     painted = None if inside is None else sha256(inside.numpy().tobytes()).hexdigest()[:16]
     return {"start": picture.digest, "strength": strength, "mask": painted}
-
-
-def _controlled(
-    given: dict[str, Any], denoiser: Any, control: list[str] | None, images: list[str] | None
-) -> dict[str, Any]:
-    """Put the ControlNets and what they are shown into `given`; returns what names them in the record."""
-    import denoscope as ds
-    from denoscope.denoisers.control import control_input, load_control
-    from denoscope.features.technique import controls, shown
-
-    if not control:
-        _not_idle({"--control-image": images}, False, "is shown to a ControlNet; give --control")
-        return {}
-    if not images or len(images) not in (1, len(control)):
-        raise InputError(
-            f"There are {len(control)} --control and {len(images or [])} --control-image; give one for each."
-        )
-    networks = [load_control(one.model, denoiser) for one in controls(control)]
-    size: Any = given["size"] or tuple(side * denoiser.stride for side in denoiser.latent_shape()[:0:-1])
-    seen = [ds.read(image.removeprefix("canny:")) for image in images]
-    rows = []
-    for k, (one, network) in enumerate(zip(controls(control), networks, strict=True)):
-        image, picture = images[k % len(images)], seen[k % len(images)]
-        view = shown(one, picture, size, "bicubic") if image.startswith("canny:") else picture
-        rows.append(control_input(denoiser, network, view, size, one.scale))
-    given["control"] = tuple(rows)
-    named = [[image.startswith("canny:"), picture.digest] for image, picture in zip(images, seen, strict=True)]
-    return {"control": control, "control_image": named}
 
 
 def _levels(denoiser: Any, given: dict[str, Any]) -> tuple[int, list[float]]:

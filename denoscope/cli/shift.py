@@ -99,7 +99,8 @@ def shift(
     shift_choices = ShiftChoices(times, sites, ref, 0, anchor_t, number, draws, seed, neighbours, padding, standardise)
     meter = ShiftMeter(denoiser, compared, shift_choices, wrong_control, **common)
     gate_choices = GateChoices(strength, seeds, steps, guidance, seed)
-    keeper = Gatekeeper(denoiser, compared, gate_choices, wrong_control, **common) if gate else None
+    place = {"site": "+".join(sites)}  # the check reads nothing, but a preset's site need not be there
+    keeper = Gatekeeper(denoiser, compared, gate_choices, wrong_control, **common, **place) if gate else None
     options.folder(out)
     run = _Run(files, _names(files), wrong_control, out, pictures)
 
@@ -195,8 +196,6 @@ class _Run:
             try:
                 record = meter.record(picture, self._other(place), keep=keep)
             except InputError as error:
-                if len(self.files) == 1:
-                    raise
                 self.failed[name] = str(error)
                 continue
             if keep is not None:
@@ -276,7 +275,6 @@ def print_ranking(result: Any, console: Console) -> None:
     """One table a site, and controls against wrong ones."""
     from denoscope.features.compared import WRONG
 
-    single = len(result.records) == 1
     for site in result.sites:
         table = Table(title=f"{site} at t = {result.times[0]}", title_justify="left", box=None, pad_edge=False)
         for column in ("technique", "score", "> 0", "diff", "over plain", "> plain"):
@@ -292,12 +290,16 @@ def print_ranking(result: Any, console: Console) -> None:
                 mean, ends, share = result.against(own, name, site)
                 text = f"{own} over {name}: {with_interval(mean, ends, '+.3f')}, in {share:.0%} of the pictures."
                 console.print(text, highlight=False, markup=False)
+    count = len(result.records)
     console.print(
-        f"{len(result.records)} pictures; 1 is the reference at t = 0, 0 the anchor at t = {result.settings['anchor_t']}."
-        if not single
-        else "One picture: no interval; give more to know whether a difference would be found again.",
+        f"Score 1 is the reference at t = {result.settings['ref_t']}, 0 the anchor at t = {result.settings['anchor_t']}.",
         highlight=False,
     )
+    if count == 1:
+        print("One picture: no interval; give more to know whether a difference would be found again.")
+    else:
+        narrow = "; intervals from so few are too narrow" if count < 8 else ""
+        print(f"{count} pictures, 95 % intervals by bootstrap{narrow}.")
 
 
 def print_gate(result: Any, console: Console) -> None:

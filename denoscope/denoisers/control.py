@@ -80,7 +80,9 @@ def load_control(model: str | Path | nn.Module, denoiser: Denoiser) -> nn.Module
         # the large ones of SD3.5 have none of their own; their pipeline lends them the model's
         borrowed: Any = found
         borrowed.pos_embed = borrowed._get_pos_embed_from_transformer(denoiser.network)
-    return found.to(denoiser.device, denoiser.dtype).requires_grad_(False).eval()
+    if (own := next(found.parameters())).device != denoiser.device or own.dtype != denoiser.dtype:
+        found = found.to(denoiser.device, denoiser.dtype)
+    return found.requires_grad_(False).eval()
 
 
 def control_input(

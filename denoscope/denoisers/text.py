@@ -38,10 +38,6 @@ class TextEncoder:
         self._ragged = length is None  # CLIP's words do not see what follows them, so that padding makes no difference
         self._cache: dict[tuple[str, int], Encoded] = {}
 
-    def forget(self) -> None:
-        """Encode every prompt anew from now on: for whoever changes the encoder's weights (LoRA)."""
-        self._cache.clear()
-
     @property
     def width(self) -> int:
         """Channels of the embeddings of words."""

@@ -49,8 +49,9 @@ class Amalgam:
 
     @property
     def name(self) -> str:
-        told = self.how if isinstance(self.how, str) and isinstance(self.rule, str) else "learned"
-        return f"{self.base.name}@{told.replace(':', '')}"
+        if isinstance(self.rule, str):
+            return f"{self.base.name}@{self.rule.replace(':', '')}"
+        return f"{self.base.name}@{'learned' if isinstance(self.how, Assigners) else Path(self.how).stem}"
 
     def recipes(self, base: Recipe) -> dict[str, Recipe]:
         """What is read, by technique. Raises InputError for settings that the model cannot take."""

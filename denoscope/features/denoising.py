@@ -112,6 +112,7 @@ def _sampled(
         control=[control.expand(n) for control in controls],
         guidance=guided,
         batch=n,
+        together=chosen.long_prompts == "cut",  # a prompt in pieces is longer than the empty one
         **settings,
     )
 

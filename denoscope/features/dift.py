@@ -262,8 +262,7 @@ class _Work:
                 batches: dict[Any, list[_Row]] = defaultdict(list)
                 for key in keys:
                     plan = self.plans[key] = self._plan(self.recipes[key])
-                    tokens = plan.condition.tokens
-                    alike = (plan.shape, tuple(plan.sites), None if tokens is None else tokens.shape[1])
+                    alike = (plan.shape, tuple(plan.sites), _length(plan.condition))
                     batches[alike] += plan.rows(key, self.denoiser)
                 for (shape, *_), rows in batches.items():
                     yield from self._read(rows, chunk or _rows_at_once(self.denoiser, shape))
@@ -282,7 +281,9 @@ class _Work:
             )
         prompt = resolve(chosen.prompt, picture)
         condition = denoiser.condition(None if prompt is None else [prompt])  # pyright: ignore[reportArgumentType]
-        unconditional = denoiser.condition(None) if chosen.guidance is not None else None
+        unconditional = None if chosen.guidance is None else denoiser.condition(None)
+        if unconditional is not None and _length(unconditional) != _length(condition):  # as long as a prompt in pieces
+            unconditional = denoiser.condition(["", str(prompt)]).rows(slice(1))
         given = []
         for control in chosen.control:
             network = load_control(control.model, denoiser)
@@ -354,6 +355,11 @@ class _Work:
             expected[which] -= 1
             if not expected[which]:
                 yield *which, sums.pop(which)
+
+
+def _length(condition: Condition) -> int | None:
+    """Of the prompt, in tokens."""
+    return None if condition.tokens is None else condition.tokens.shape[1]
 
 
 def _treated(denoiser: Denoiser, plan: _Plan, site: str, t: int, values: Tensor) -> tuple[Tensor, dict[str, Any]]:

@@ -53,18 +53,18 @@ MEASURES: dict[str, Callable[[Tensor, Tensor], float]] = {"psnr": psnr, "ssim": 
 def verdict(changes: Mapping[str, tuple[float, float] | None], margins: Mapping[str, int | float] | None = None) -> str:
     """What intervals of the change of each measure say together.
 
-    "no effect": every interval lies within the margins around 0. "helps": at least two lie above 0 and none below.
-    "hurts": at least two lie below 0 and none above. Anything else, and anything without an interval, is "undecided".
+    An interval within the margins around 0 is no change. "no effect": all of them are that. "helps": at least two others lie
+    above 0 and none below. "hurts": at least two lie below 0 and none above. Anything else, and anything without an interval,
+    is "undecided".
     """
     margins = {**MARGINS, **(margins or {})}
-    spans = list(changes.values())
-    if any(span is None for span in spans):
-        return "undecided"
-    if all(-margins[name] <= span[0] and span[1] <= margins[name] for name, span in changes.items() if span):
+    signs = []
+    for name, span in changes.items():
+        if span is None:
+            return "undecided"
+        small = -margins[name] <= span[0] and span[1] <= margins[name]
+        signs.append("none" if small else "up" if span[0] > 0 else "down" if span[1] < 0 else "open")
+    if set(signs) == {"none"}:
         return "no effect"
-    above, below = (sum(span is not None and sign * span[k] > 0 for span in spans) for sign, k in ((1, 0), (-1, 1)))
-    if above >= 2 and not below:
-        return "helps"
-    if below >= 2 and not above:
-        return "hurts"
-    return "undecided"
+    up, down = signs.count("up"), signs.count("down")
+    return "helps" if up >= 2 and not down else "hurts" if down >= 2 and not up else "undecided"

@@ -204,7 +204,7 @@ class _Learning:
             gradients = torch.autograd.grad(losses.sum(), own)
         for value, gradient in zip(own, gradients, strict=True):
             value.requires_grad_(False)
-            value.grad = gradient
+            value.grad = gradient.contiguous()  # the fused kernel takes the layout of the weights for granted
         self.optimizer.step()
         return losses.detach()
 

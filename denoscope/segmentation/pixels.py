@@ -29,7 +29,7 @@ FEWEST = 20  # pixels of a class in a training picture; fewer are taken for slip
 _VALUES_AT_ONCE = 1 << 22  # interpolated feature values held at a time
 
 
-def resized_labels(labels: Labels, size: tuple[int, int]) -> Labels:
+def resized_labels(labels: Labels, size: tuple[int, int]) -> Int[np.ndarray, "rows columns"]:
     """Labels at (width, height) by the nearest pixel, as OpenCV takes it and ddpm-segmentation has it."""
     if labels.shape[::-1] == size:
         return labels

@@ -1,0 +1,145 @@
+"""`denoscope segment` as a user runs it."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_few_shot import as_grey, saved_scene, scene
+
+QUICK = ("--model", "rgb", "--size", "64", "--voters", 2, "--epochs", 5)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Examples and pictures to segment."""
+    for k in range(3):
+        as_grey(saved_scene(tmp_path / "examples", k, f"e{k}"), tmp_path / "examples" / f"e{k}.png")
+    for k in range(3, 6):
+        saved_scene(tmp_path / "photos", k, f"p{k}", ".png")
+    return tmp_path
+
+
+def test_examples_teach_and_everything_is_written(run, folders):
+    out = folders / "out"
+    asked = (
+        "segment",
+        folders / "photos",
+        "--examples",
+        folders / "examples",
+        "--names",
+        "grass,ball",
+        "--out",
+        out,
+        *QUICK,
+    )
+    status, text, _ = run(*asked)
+    assert status == 0
+    assert "2 classes from 9,216 pixels of 3 examples" in text
+    for k in range(3, 6):
+        with Image.open(out / "masks" / f"p{k}.png") as mask:
+            assert mask.mode == "P"
+            found, truth = np.array(mask) == 1, scene(k)[1] == 1
+        assert (found & truth).sum() / (found | truth).sum() > 0.6
+        for part in ("overlays", "uncertainty"):
+            with Image.open(out / part / f"p{k}.png") as image:
+                assert image.width == 64
+    summary = json.loads((out / "summary.json").read_text())
+    by_doubt = sorted(summary["pictures"], key=lambda one: -one["uncertainty"])
+    assert summary["label_next"] == [by_doubt[0]["picture"]]
+    assert f"worth labelling next: {by_doubt[0]['picture']}" in text
+    rows = list(csv.DictReader((out / "summary.csv").read_text().splitlines()))
+    assert [int(row["grass"]) + int(row["ball"]) for row in rows] == [64 * 48] * 3
+    assert json.loads((out / "classes.json").read_text())[1]["name"] == "ball"
+    with Image.open(out / "sheet.png") as sheet:
+        assert sheet.width > 400
+    assert not (out / ".pixels").exists()
+
+    # the same again trains nothing and segments nothing
+    before = {path: path.stat().st_mtime_ns for folder in ("masks", "overlays") for path in (out / folder).iterdir()}
+    before[out / "classifier.safetensors"] = (out / "classifier.safetensors").stat().st_mtime_ns
+    (out / "masks" / "p4.png").unlink()
+    status, text, _ = run(*asked)
+    assert status == 0
+    assert "trained before" in text
+    changed = [path.name for path, when in before.items() if path.stat().st_mtime_ns != when]
+    assert sorted(changed) == ["p4.png", "p4.png"]
+
+    # other examples train anew, which makes all masks anew
+    as_grey(np.zeros((48, 64), np.uint8), folders / "examples" / "e0.png")
+    status, text, _ = run(*asked)
+    assert status == 0
+    assert "trained before" not in text
+    assert (out / "masks" / "p3.png").stat().st_mtime_ns != before[out / "masks" / "p3.png"]
+
+
+def test_a_trained_classifier_is_used_without_examples(run, folders):
+    base = ("--examples", folders / "examples", "--out", folders / "one", *QUICK)
+    assert run("segment", *base)[0] == 0  # trains alone
+    assert not (folders / "one" / "masks").exists()
+    file = folders / "one" / "classifier.safetensors"
+    status, text, _ = run("segment", folders / "photos", "--classifier", file, "--out", folders / "two")
+    assert status == 0
+    assert "p4" in text
+    assert run("segment", folders / "photos", *base)[0] == 0
+    for k in range(3, 6):
+        one, two = (np.array(Image.open(folders / where / "masks" / f"p{k}.png")) for where in ("one", "two"))
+        assert np.array_equal(one, two)
+    for option in (("--t", 3), ("--side", 64), ("--feature", "pool=2")):
+        status, _, text = run("segment", folders / "photos", "--classifier", file, *option)
+        assert status == 2
+        assert f"{option[0]} belongs to the training" in text
+
+
+def test_features_of_a_diffusion_model(run, folders):
+    out = folders / "out"
+    options = ("--ensemble", 1, "--size", "48", "--voters", 2, "--epochs", 1, "--pixels", 50, "--t", 30)
+    status, _, _ = run(
+        "segment", folders / "photos" / "p3.png", "--examples", folders / "examples", "--out", out, *options
+    )
+    assert status == 0
+    recipe = json.loads((out / "summary.json").read_text())["recipe"]
+    assert (recipe["extractor"]["model"], recipe["extractor"]["t"], recipe["pixels"]) == ("seedling", 30, 50)
+    asked = (
+        "segment",
+        folders / "photos" / "p3.png",
+        "--classifier",
+        out / "classifier.safetensors",
+        "--out",
+        folders / "b",
+    )
+    assert run(*asked)[0] == 0
+    one, two = (np.array(Image.open(where / "masks" / "p3.png")) for where in (out, folders / "b"))
+    assert np.array_equal(one, two)
+
+
+def test_mistakes_are_one_sentence(run, folders):
+    photos, examples = folders / "photos", folders / "examples"
+    for arguments, sentence in (
+        ((photos,), "Say what to learn from: --examples FOLDER, or --classifier FILE"),
+        ((photos, "--examples", folders / "none"), "There is no folder"),
+        ((photos, "--examples", photos), "No picture in"),
+        ((folders / "none", "--examples", examples), "There is no file"),
+        ((photos, "--classifier", folders / "none"), "There is no classifier"),
+        (("--classifier", folders / "none"), "Name the pictures"),
+        ((photos, "--examples", examples, "--voters", 0, *QUICK[:4]), "at least 1 model"),
+        ((photos, "--examples", examples, "--side", 2, *QUICK[:4]), "at least 8 pixels"),
+        ((photos, "--examples", examples, "--names", "grass", *QUICK), "has class 1, but there are 1 names"),
+        ((photos, "--examples", examples, "--feature", "colour=3"), "no setting 'colour'"),
+    ):
+        status, _, text = run("segment", *arguments, "--out", folders / "out")
+        assert status == 2, arguments
+        assert sentence in text, (sentence, text)
+        assert "Traceback" not in text
+
+
+def test_a_damaged_picture_does_not_stop_the_others(run, folders):
+    (folders / "photos" / "p4.png").write_bytes(b"nothing")
+    out = folders / "out"
+    status, text, error = run("segment", folders / "photos", "--examples", folders / "examples", "--out", out, *QUICK)
+    assert status == 2
+    assert "1 of 3 pictures failed" in error
+    assert "p5" in text
+    assert (out / "masks" / "p5.png").is_file()
+    assert len(json.loads((out / "summary.json").read_text())["pictures"]) == 2
