@@ -54,17 +54,18 @@ class OneToken:
 def model(device: str) -> tuple[UNetDenoiser, Any]:
     torch.manual_seed(0)
     with torch.device(device):
-        unet = UNet2DConditionModel(
+        unet: Any = UNet2DConditionModel(
             sample_size=64, block_out_channels=(320, 640, 1280, 1280), attention_head_dim=8, cross_attention_dim=768
         )
-        vae = AutoencoderKL(
+        kinds: Any = [[f"{way}Block2D"] * 4 for way in ("DownEncoder", "UpDecoder")]
+        vae: Any = AutoencoderKL(
             block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            down_block_types=kinds[0], up_block_types=kinds[1],
         )  # fmt: skip
         text = CLIPTextModel(
             CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
         )
-        control = ControlNetModel.from_unet(unet)
+        control: Any = ControlNetModel.from_unet(unet)
     if device != "meta":  # what is zero before training would hide mistakes
         for layer in (*control.controlnet_down_blocks, control.controlnet_mid_block):
             torch.nn.init.normal_(layer.weight, std=0.01)
@@ -108,7 +109,7 @@ def one_by_one(denoiser: Any, picture: ds.Picture, recipes: Mapping[str, Recipe]
     found = {}
     for name, one in recipes.items():
         denoiser.text._cache.clear()
-        size = (int(str(one.size)),) * 2
+        size = int(str(one.size)), int(str(one.size))
         posterior = denoiser.posterior(picture.resized(size)[None])
         shape, t = tuple(posterior.mean.shape[1:]), effective(denoiser, one, one.t)
         draws = ds.Noise.draw(shape, one.seed or 0, picture.digest, t, 1, posterior=True)

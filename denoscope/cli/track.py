@@ -80,10 +80,10 @@ def track(
     tracked = ds.track(extract, frames, **labels, **own)
 
     forget(out)
-    target, tail, rows, recipe = out / f"overlay.{overlay}", deque(maxlen=TAIL), [], {}
+    target, tail, rows, made = out / f"overlay.{overlay}", deque(maxlen=TAIL), [], {}
     with nullcontext() if overlay == "none" else video_writer(target, frames.rate) as draw:
         for one in shown(tracked, len(frames)):
-            recipe = one.recipe
+            made = one.recipe
             rows.append({"frame": one.index, "name": one.name, "objects": one.rows()})
             if one.mask is not None:
                 one.save(out / "masks" / f"{one.name}.png")
@@ -92,7 +92,7 @@ def track(
             if one.points is not None:
                 tail.append(one.points)
     kind = next(kind for kind, given in labels.items() if given is not None)
-    found = ds.Tracks(kind, rows, frames.size, {**recipe, "video": str(video)})
+    found = ds.Tracks(kind, rows, frames.size, {**made, "video": str(video)})
     text = json.dumps({**found.to_dict(), "rate": frames.rate}, indent=1) + "\n"
     atomically(out / "tracks.json", lambda path: path.write_text(text))  # last: where it is, the rest is whole
     print_tracks(found)

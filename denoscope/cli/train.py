@@ -144,6 +144,7 @@ def amalgam(
     size: options.Size = None,
     prompt: options.Prompt = None,
     feature: options.Feature = None,
+    recipe: options.Recipe = None,
     steps: Annotated[
         int, typer.Option(help="Steps, a pair each (or a batch of pixels). Published: 10000 pairs.")
     ] = 2000,
@@ -172,6 +173,7 @@ def amalgam(
     """Learn how to weigh the features of several techniques; a run that was stopped goes on when it is called again."""
     from denoscope.features.amalgam import Amalgam
     from denoscope.features.extractor import Dift
+    from denoscope.features.loading import load_extractor
     from denoscope.features.recipes import read_techniques, write_recipe
 
     if (pairs is None) == (examples is None):
@@ -191,12 +193,13 @@ def amalgam(
     shared = {"steps": steps, "every": every, "weights": weights, "count": count, "gamma1": gamma1, "gamma2": gamma2}
     shared |= {"official": official, "seed": seed, **rate}
     cache = cache or out.with_name(f"{out.stem}-features")
-    settings = {"preset": preset, "t": t, "site": site, "ensemble": ensemble, "size": size, "prompt": prompt}
+    asked = {"preset": preset, "t": t, "site": site, "ensemble": ensemble, "size": size, "prompt": prompt}
+    source, settings = options.asked_features(model, feature=feature, recipe=recipe, **asked)
 
     def extractor() -> Amalgam:
-        base = options.load_extractor(model, device, dtype, feature=feature, **settings, seed=seed)
+        base = load_extractor(source, device, dtype, **settings, seed=seed)
         if not isinstance(base, Dift):
-            raise InputError(f"{model} is no diffusion model; techniques are for those alone.")
+            raise InputError(f"{source} is read as {base.name}; techniques are for a diffusion model by itself.")
         return Amalgam(base, wanted)
 
     if pairs is not None:
@@ -238,11 +241,9 @@ def amalgam(
         print(
             f"{100 * right:.1f} % of the pixels of {len(parts[1])} validation pictures right, at step {told['best']}."
         )
-    given = {
-        name: value for name, value in {**settings, **options.feature_settings(feature)}.items() if value is not None
-    }
-    recipe = write_recipe(out.with_suffix(".toml"), model, given, {"trained": out.name}, out.name, wanted)
-    print(f"Weights: {out} (use them with --recipe {recipe})")
+    given = {name: one for name, one in settings.items() if name not in ("amalgamate", "techniques")}
+    made_recipe = write_recipe(out.with_suffix(".toml"), source, given, {"trained": out.name}, out.name, wanted)
+    print(f"Weights: {out} (use them with --recipe {made_recipe})")
 
 
 def _amalgam_verdict(column: str, best: int, rows: Mapping[str, Mapping[str, Any]]) -> None:

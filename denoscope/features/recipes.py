@@ -87,6 +87,8 @@ def write_recipe(
     Raises InputError for other suffixes.
     """
     path = Path(path)
+    if os.sep in model and Path(model).exists():
+        model = os.path.relpath(Path(model).resolve(), path.parent.resolve())
     document: dict[str, Any] = {"model": model, **_apart(path, {k: v for k, v in settings.items() if v is not None})}
     if techniques:
         tables = {name: _apart(path, one) for name, one in techniques.items()}

@@ -4,8 +4,8 @@ python experiments/content-shift/techniques.py canny --data DATA --steps 1200
 python experiments/content-shift/techniques.py lora --data DATA --of camvid   (or birds, faces)
 
 Both learn to predict what the frozen embedded model was trained to predict (v), from noise of every timestep. The ControlNet
-(Zhang et al., arXiv 2302.05543) starts as a copy of the encoder with layers of zeros behind it; half of the prompts are dropped.
-The LoRAs cover attention and convolutions (LoCon), rank 8, alpha 8, on 30 training pictures without words.
+(Zhang et al., arXiv 2302.05543) starts as a copy of the encoder with layers of zeros behind it; half of the prompts are
+dropped. The LoRAs cover attention and convolutions (LoCon), rank 8, alpha 8, on 30 training pictures without words.
 """
 
 import argparse
@@ -62,7 +62,9 @@ def train_canny(data: Path, steps: int, out: Path) -> None:
     control: Any = ControlNetModel.from_unet(denoiser.network, **config).float().train()
     recipe = tomllib.loads(Path(ds.__file__).with_name("seedling").joinpath("recipe.toml").read_text())
     sources = [Source(**one) for one in recipe.pop("sources")]
-    plan = DenoiserConfig(**{**recipe, "sources": sources, "steps": steps, "batch": 16, "align": 0.0, "drop": 0.5, "seed": 7})
+    plan = DenoiserConfig(
+        **{**recipe, "sources": sources, "steps": steps, "batch": 16, "align": 0.0, "drop": 0.5, "seed": 7}
+    )
     draws = Draws(plan, data)
     optimizer = torch.optim.AdamW(control.parameters(), 3e-4, weight_decay=0.01)
     start, kept, mean = 0, out / "training.pt", 0.0
@@ -86,10 +88,13 @@ def train_canny(data: Path, steps: int, out: Path) -> None:
         optimizer.step()
         mean = loss.item() if not mean else 0.98 * mean + 0.02 * loss.item()
         if (step + 1) % 50 == 0 or step + 1 == steps:
-            print(f"step {step + 1} loss {mean:.4f} {(time.time() - began) / (step + 1 - start):.2f} s/step", flush=True)
+            print(
+                f"step {step + 1} loss {mean:.4f} {(time.time() - began) / (step + 1 - start):.2f} s/step", flush=True
+            )
             out.mkdir(parents=True, exist_ok=True)
             torch.save(
-                {"control": control.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, out / "part.pt"
+                {"control": control.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1},
+                out / "part.pt",
             )
             (out / "part.pt").replace(kept)
     control.eval().half().save_pretrained(out)
