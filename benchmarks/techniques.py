@@ -57,9 +57,10 @@ def model(device: str) -> tuple[UNetDenoiser, Any]:
         unet: Any = UNet2DConditionModel(
             sample_size=64, block_out_channels=(320, 640, 1280, 1280), attention_head_dim=8, cross_attention_dim=768
         )
+        widths: Any = (128, 256, 512, 512)
         kinds: Any = [[f"{way}Block2D"] * 4 for way in ("DownEncoder", "UpDecoder")]
         vae: Any = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
+            block_out_channels=widths, layers_per_block=2, latent_channels=4,
             down_block_types=kinds[0], up_block_types=kinds[1],
         )  # fmt: skip
         text = CLIPTextModel(

@@ -13,7 +13,6 @@ import random
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from denoscope.errors import InputError
 from denoscope.features.bootstrap import interval
 from denoscope.features.joint import takes_prompts
 from denoscope.features.recipe import Size
+from denoscope.features.weights import versions
 
 TIMES = (0, 51, 101, 261)  # tried unless others are given, beside the preset's
 FINALISTS = 2  # arms that are left when ensembles are compared
@@ -143,8 +143,8 @@ class _Search:
     def _companion(self, name: str, told: Mapping[str, Any]) -> Arm:
         assert isinstance(self.model, Denoiser)
         settings = {**self.base, **told}
-        if not takes_prompts(self.preset_arm.extractor):
-            settings.pop("prompt", None)
+        if "prompt" in told and not takes_prompts(self.preset_arm.extractor):
+            settings.pop("prompt")  # class numbers have no empty one
         t = min(settings.pop("t"), len(self.model.schedule) - 1)
         return Arm.of(self.model, f"companion {name}", t, self.seed, **settings)
 
@@ -357,6 +357,7 @@ class _Search:
         """Arguments of `features`, as plain values."""
         told = {**self.base, **self.techniques[choice.technique], "site": choice.site}
         told |= {} if choice.t is None else {"t": choice.t, "ensemble": choice.ensemble}
+        told |= {"seed": self.seed} if self.seed and choice.t is not None else {}
         return json.loads(json.dumps(told, default=plain_value))
 
     def _cells(self, order: Sequence[int], units: int, growth: float) -> list[dict[str, Any]]:
@@ -396,5 +397,5 @@ class _Search:
                 "ensembles": self.ensembles,
                 "draws": "shared between timesteps" if self.reader.noise else "of each timestep",
             },
-            "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+            "versions": dict(versions()),
         }

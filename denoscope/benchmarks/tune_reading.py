@@ -198,16 +198,14 @@ class Reader:
             for k, size in enumerate(arm.parts):
                 made[f"{arm.name}/{k}"] = arm.name, k
                 recipes[f"{arm.name}/{k}"] = replace(chosen, size=size, ensemble=ensembles[-1])
-        sums: dict[str, dict[str, Tensor]] = {}
         parts: dict[tuple[str, int], dict[int, Maps]] = {}
         for key, member, values in member_maps(
-            self.model, picture, recipes, sites=self.single, noise=self.noise, seed=self.seed
+            self.model, picture, recipes, sites=self.single, noise=self.noise, seed=self.seed, running=True
         ):
             name, k = made[key]
-            total = sums[key] = {s: sums[key][s] + v for s, v in values.items()} if key in sums else values
             if member + 1 in wanted[name]:
                 frame = self._frame(picture, recipes[key])
-                maps = {s: self._map(picture, recipes[key], frame, s, v / (member + 1)) for s, v in total.items()}
+                maps = {s: self._map(picture, recipes[key], frame, s, v) for s, v in values.items()}
                 parts.setdefault((name, member + 1), {})[k] = maps
         found: dict[str, dict[int, Maps]] = {}
         for (name, ensemble), maps in parts.items():

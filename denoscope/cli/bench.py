@@ -104,7 +104,7 @@ def bench(
     chosen = model or ([] if results else ["seedling"])
     extractors = [options.load_extractor(one, device, dtype, **asked) for one in chosen]
     options.folder(out)
-    template = prompt if prompt is not None else getattr(benchmark, "prompt", None)
+    template = prompt_of(benchmark, prompt, recipe)
     folder = None if no_cache or (cache is None and benchmark.preset == "temporal") else cache or out / "features"
     stores = [FeatureStore(one, template if takes_prompts(one) else None, folder) for one in extractors]
     if baselines:
@@ -123,6 +123,13 @@ def bench(
     print(f"Tables: {out / (name + '.json')}, {out / (name + '.csv')}")
     if pictures:
         print(f"Pictures: {out / 'pictures'}")
+
+
+def prompt_of(benchmark: Any, prompt: str | None, recipe: Path | None) -> str | None:
+    """What pictures are said to show: --prompt, else what the recipe says (None leaves it), else the protocol's own."""
+    if prompt is not None or recipe is not None:
+        return prompt
+    return getattr(benchmark, "prompt", None)
 
 
 def sweep(
@@ -165,7 +172,7 @@ def sweep(
     times = numbers(t, "--t") if t else [extractor.recipe.t]
     members = numbers(ensemble, "--ensemble") if ensemble else [extractor.recipe.ensemble]
     options.folder(out)
-    template = prompt if prompt is not None else getattr(benchmark, "prompt", None)
+    template = prompt_of(benchmark, prompt, recipe)
     found = run_sweep(benchmark, extractor, times, sites, members, template, out, limit, tracked)
     text = json.dumps({"benchmark": name, "cells": found}, indent=1, default=str) + "\n"
     atomically(out / f"{name}-sweep.json", lambda path: path.write_text(text))

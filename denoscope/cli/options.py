@@ -109,7 +109,10 @@ def asked_features(
     if recipe is None:
         return model, given
     file = read_recipe(recipe)
-    told = {name: value for name, value in given.items() if value is not None}
+    own = [
+        name for name in ("preset", "seed") if name in file.settings and not _said(name)
+    ]  # verbs have defaults of these
+    told = {name: value for name, value in given.items() if value is not None and name not in own}
     merged = {**file.settings, **told, "amalgamate": file.amalgamate, "techniques": file.techniques}
     return model if _said("model") else file.model, merged
 

@@ -204,11 +204,11 @@ def segmented(trained: Any, files: Sequence[Path], out: Path, finest: int) -> No
     from denoscope.benchmarks.running import fingerprint
     from denoscope.cli.features import _names
 
-    entries, failed = [], []
+    entries, failed, reads = [], [], trained.extractor.describe()
     for file, name in shown(list(zip(files, _names(list(files)), strict=True))):
         try:
             picture = ds.read(file)
-            key = fingerprint([trained.ensemble.digest, trained.classes.to_dict(), picture.digest, finest])
+            key = fingerprint([trained.ensemble.digest, reads, trained.classes.to_dict(), picture.digest, finest])
             entry = done(out, name, key)
             if entry is None:
                 entry = one(trained.segment(picture, finest), out, name, key)

@@ -2,15 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 from denoscope.denoisers.protocol import Denoiser
 from denoscope.errors import InputError
 from denoscope.features.recipe import Recipe, recipe, resolve_size
-from denoscope.features.technique import shown
-from denoscope.features.weights import weights_digest
+from denoscope.features.technique import contents, shown
+from denoscope.features.weights import versions, weights_digest
 from denoscope.images import Picture, write
 
 PLAIN, WRONG = "plain", "wrong:"
@@ -55,8 +54,14 @@ def common_settings(denoiser: Denoiser, base: Recipe) -> dict[str, Any]:
         "dtype": str(denoiser.dtype).removeprefix("torch."),
         "scheduler": {k: v for k, v in config.items() if isinstance(v, str | int | float | bool | None)},
         **{key: told[key] for key in ("preset", "size", "resample", "adaln", "massive")},
-        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+        "versions": dict(versions()),
     }
+
+
+def files_of(recipes: Mapping[str, Recipe]) -> dict[str, str]:
+    """Digests of what the recipes name by a path and that may change behind it."""
+    every = [contents(one.prompt, one.control, one.lora) for one in recipes.values()]
+    return {path: digest for found in every for path, digest in found.items()}
 
 
 def choices_of(kind: type[Kind], given: Mapping[str, Any]) -> Kind:

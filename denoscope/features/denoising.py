@@ -30,7 +30,13 @@ def effective(denoiser: Denoiser, chosen: Recipe, t: int) -> int:
         return t
     _, evaluations = _published(denoiser, t if chosen.denoise_from is None else chosen.denoise_from)
     told = [_index(denoiser, one) for one in evaluations]
-    return told[0] if chosen.denoise_from is None else min(one for one in told if one >= t)
+    if chosen.denoise_from is None:
+        return told[0]
+    if told[0] < t:
+        raise InputError(
+            f"denoise_from={chosen.denoise_from} begins at {told[0]} with this scheduler, below t = {t}; start higher."
+        )
+    return min(one for one in told if one >= t)
 
 
 def denoised(

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from importlib.metadata import version
+from itertools import product
 from typing import Any, Literal
 
 import torch
@@ -35,6 +35,7 @@ from denoscope.features.prompts import resolve
 from denoscope.features.recipe import Recipe, Size, recipe, resolve_size, varied
 from denoscope.features.sets import Reading, expand, readings
 from denoscope.features.technique import shown
+from denoscope.features.weights import versions
 from denoscope.images import Frame, Picture
 from denoscope.sites import Watch
 
@@ -109,17 +110,28 @@ def member_maps(
     noise: Draws = None,
     seed: int = 0,
     chunk: int | None = None,
+    running: bool = False,
 ) -> Iterator[tuple[str, int, Values]]:
-    """As `feature_sets`, but every member of the ensembles by itself, as it comes: (recipe name, member, values by site)."""
+    """As `feature_sets`, but every member of the ensembles by itself, as it comes: (recipe name, member, values by site).
+
+    running: instead of each member, the features of the ensemble of those so far (which for treated transformer blocks are not
+    the mean of the members' features).
+    """
     if several := [one.size for one in recipes.values() if isinstance(one.size, str) and "+" in one.size]:
         raise InputError(f"Members of ensembles are read at one size, not at {several[0]}.")
     work = _Work(denoiser, picture, recipes, sites, noise, seed)
     waiting: dict[Any, dict[int, Values]] = defaultdict(dict)
+    sums: dict[Any, dict[int, Values]] = {}
     for key, t, member, values in work.run(chunk):
         plan, held = work.plans[key], waiting[key, member]
         held[t] = values
         if len(held) == len(plan.times):
             del waiting[key, member]
+            if running:  # members come in their order
+                before = sums.get(key)
+                held = {t: {s: v + before[t][s] if before else v for s, v in one.items()} for t, one in held.items()}
+                sums[key] = held
+                held = {t: {s: v / (member + 1) for s, v in one.items()} for t, one in held.items()}
             yield key, member, {site: plan.finish(work, site, held)[0] for site in plan.sites}
 
 
@@ -153,6 +165,7 @@ class _Plan:
     unconditional: Condition | None
     times: tuple[int, ...]
     draws: dict[int, Noise | None]
+    treatments: dict[tuple[str, int], "_Treatment"]
     seed: int | None
 
     @property
@@ -192,8 +205,12 @@ class _Plan:
 
     def finish(self, work: "_Work", site: str, values: Mapping[int, Values]) -> tuple[Tensor, dict[str, Any]]:
         """The features of a site from its activations at every timestep, and what was done to them."""
-        treated = [_treated(work.denoiser, self, site, t, values[t][site]) for t in self.times]
-        mean = torch.stack([one for one, _ in treated]).mean(0) if len(treated) > 1 else treated[0][0]
+        own = [self.treatments.get((site, t)) for t in self.times]
+        treated = [
+            one if how is None else ditf.treated(one, *how)
+            for one, how in zip((values[t][site] for t in self.times), own, strict=True)
+        ]
+        mean = torch.stack(treated).mean(0) if len(treated) > 1 else treated[0]
         if self.recipe.pool > 1:
             h, w = (max(1, side // self.recipe.pool) for side in mean.shape[1:])
             mean = F.adaptive_avg_pool2d(mean, (h, w))
@@ -201,7 +218,10 @@ class _Plan:
             raise InputError(
                 f"The features are not finite in {work.denoiser.dtype}; load the model in bfloat16 or float32."
             )
-        return mean, treated[0][1]
+        if own[0] is None:
+            return mean, {"adaln": False, "massive": "keep"}
+        chosen = self.recipe
+        return mean, {"adaln": chosen.adaln, "massive": chosen.massive, "massive_channels": list(own[0][0])}
 
     def feature_map(self, work: "_Work", site: str, values: Tensor, treatment: dict[str, Any]) -> FeatureMap:
         chosen = self.recipe
@@ -220,7 +240,7 @@ class _Plan:
             **{name: value for name, value in chosen.described().items() if name in _EXTRA},
             "dtype": str(work.denoiser.dtype).removeprefix("torch."),
             "picture": str(work.picture.path) if work.picture.path else None,
-            "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+            "versions": dict(versions()),
         }
         frame = Frame.of(work.picture.size).resize(self.size).resize((values.shape[2], values.shape[1]))
         return FeatureMap(values, frame, made, work.picture)
@@ -324,6 +344,7 @@ class _Work:
             unconditional,
             times,
             draws,
+            _treatments(denoiser, chosen, sites, times, condition, shape[1:]),
             recorded,
         )
 
@@ -362,15 +383,23 @@ def _length(condition: Condition) -> int | None:
     return None if condition.tokens is None else condition.tokens.shape[1]
 
 
-def _treated(denoiser: Denoiser, plan: _Plan, site: str, t: int, values: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """The DiTF treatment that a recipe asks for, and what it was."""
-    chosen = plan.recipe
-    if not ditf.applies(denoiser, site) or not (chosen.adaln or chosen.massive != "keep"):
-        return values, {"adaln": False, "massive": "keep"}
-    channels = ditf.channels_to_zero(denoiser, chosen.massive, site, t, values.shape[0])
-    shift, scale = ditf.modulation(denoiser, site, t, plan.condition, plan.shape[1:]) if chosen.adaln else (None, None)
-    made = {"adaln": chosen.adaln, "massive": chosen.massive, "massive_channels": list(channels)}
-    return ditf.treated(values, channels, shift, scale), made
+_Treatment = tuple[tuple[int, ...], Tensor | None, Tensor | None]  # channels to zero, shift, scale
+
+
+def _treatments(
+    denoiser: Denoiser, chosen: Recipe, sites: Sequence[str], times: Sequence[int], condition: Condition, size: Any
+) -> dict[tuple[str, int], _Treatment]:
+    """The DiTF treatment that a recipe asks for, by site and timestep, of the network as it is now (with its LoRAs)."""
+    streams = (
+        [site for site in sites if ditf.applies(denoiser, site)] if chosen.adaln or chosen.massive != "keep" else []
+    )
+    widths = {site.name: site.channels for site in denoiser.sites()} if streams else {}
+    found: dict[tuple[str, int], _Treatment] = {}
+    for site, t in product(streams, times):
+        channels = ditf.channels_to_zero(denoiser, chosen.massive, site, t, widths[site])
+        shift, scale = ditf.modulation(denoiser, site, t, condition, size) if chosen.adaln else (None, None)
+        found[site, t] = channels, shift, scale
+    return found
 
 
 def _rows_at_once(denoiser: Denoiser, shape: tuple[int, ...]) -> int:

@@ -21,11 +21,12 @@ from torch.nn import functional as F
 from denoscope.denoisers.noise import draw
 from denoscope.denoisers.protocol import Condition, Denoiser, Modulated
 from denoscope.errors import InputError
+from denoscope.features.weights import weights_digest
 from denoscope.sites import Watch
 
 PUBLISHED = {("flux", 3072): (154, 1446)}  # by family and width
 RATIO = 20
-_found: WeakKeyDictionary[Any, dict[tuple[str, int], tuple[int, ...]]] = WeakKeyDictionary()
+_found: WeakKeyDictionary[Any, dict[tuple[str, str, int], tuple[int, ...]]] = WeakKeyDictionary()
 
 
 def applies(denoiser: Denoiser, site: str) -> bool:
@@ -73,10 +74,10 @@ def channels_to_zero(denoiser: Denoiser, massive: str, site: str, t: int, width:
         return tuple(sorted(set(map(int, massive.split(",")))))
     if published := PUBLISHED.get((denoiser.family, width)):
         return published
-    known = _found.setdefault(denoiser, {})
-    if (site, t) not in known:
-        known[site, t] = massive_channels(_reference(denoiser, site, t))
-    return known[site, t]
+    known, key = _found.setdefault(denoiser, {}), (weights_digest(denoiser.network), site, t)  # with a LoRA, others
+    if key not in known:
+        known[key] = massive_channels(_reference(denoiser, site, t))
+    return known[key]
 
 
 @torch.no_grad()

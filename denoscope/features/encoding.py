@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from denoscope.features.dift import Size, resolve_size
 from denoscope.features.feature_map import FeatureMap
 from denoscope.features.fusing import concatenate
 from denoscope.features.presets import NAMES
-from denoscope.features.weights import weights_digest
+from denoscope.features.weights import versions, weights_digest
 from denoscope.images import Frame, Picture
 from denoscope.images.picture import Resample
 from denoscope.sites import Watch
@@ -111,7 +110,7 @@ class EncoderFeatures:
             "site": site,
             "size": list(size),
             "picture": str(picture.path) if picture.path else None,
-            "versions": {name: version(name) for name in ("torch", "transformers")},
+            "versions": dict(versions()),
         }
         frame = Frame.of(picture.size).resize(size).resize((values.shape[2], values.shape[1]))
         return FeatureMap(values, frame, made, picture)

@@ -36,6 +36,7 @@ from denoscope.features.compared import (
     choices_of,
     common_settings,
     completed,
+    files_of,
     next_ones,
     of_another,
     wrongly,
@@ -116,6 +117,7 @@ class Gatekeeper:
         return {
             **common_settings(self.denoiser, self.base),
             "techniques": told,
+            "files": files_of(self.recipes),
             "skipped": self.skipped,
             **chosen,
             "margins": {**MARGINS, **(self.choices.margins or {})},
@@ -145,9 +147,11 @@ class Gatekeeper:
                 if name in self.skipped:
                     continue
                 prompt = resolve(one.prompt, picture)
-                alike = (one.control, one.lora, one.guidance or chosen.guidance, one.long_prompts, prompt is None)
+                guidance = chosen.guidance if one.guidance is None else one.guidance
+                apart = prompt if one.long_prompts == "chunks" else None  # pieces are padded to the longest of a batch
+                alike = (one.control, one.lora, guidance, one.long_prompts, prompt is None, apart)
                 groups.setdefault(alike, {}).setdefault(prompt, []).append(name)
-            for (controls, loras, guidance, long, _), names in groups.items():
+            for (controls, loras, guidance, long, *_), names in groups.items():
                 with ExitStack() as stack:
                     if loras:
                         stack.enter_context(adapters(denoiser, [(lora.path, lora.scale) for lora in loras]))
@@ -159,7 +163,7 @@ class Gatekeeper:
                         for one in controls
                     ]  # fmt: skip
                     rows = [(prompt, k) for prompt in names for k in range(n)]
-                    done = self._sampled(rows, start, eps, given, guidance)
+                    done = self._sampled(rows, start, eps, given, guidance, together=long == "cut")
                 for i, same in enumerate(names.values()):
                     found |= dict.fromkeys(same, done[i * n : (i + 1) * n])
         ordered = {name: found[name] for name in self.recipes if name in found}
@@ -172,6 +176,7 @@ class Gatekeeper:
         eps: Tensor,
         controls: Sequence[ControlInput],
         guidance: Any,
+        together: bool,
     ) -> Tensor:
         """Pixels in [0, 1] of rows (prompt, seed), as many at once as fit."""
         chosen, denoiser, done = self.choices, self.denoiser, []
@@ -183,7 +188,7 @@ class Gatekeeper:
             guided = ClassifierFree(guidance) if prompts is not None and guidance not in (None, 1) else None
             run = trajectory(
                 denoiser, prompts, batch=len(part), start=start[which], noise=eps[which][None], steps=chosen.steps,
-                strength=chosen.strength, guidance=guided, control=controls,
+                strength=chosen.strength, guidance=guided, control=controls, together=together,
             )  # fmt: skip
             latents = start
             with torch.no_grad():

@@ -9,7 +9,8 @@ from denoscope.denoisers.protocol import Denoiser
 from denoscope.errors import InputError
 from denoscope.features import ditf
 from denoscope.features.presets import NAMES, PRESETS
-from denoscope.features.sets import expand
+from denoscope.features.prompts import needs_picture
+from denoscope.features.sets import attends_words, expand
 from denoscope.features.technique import Control, Lora, controls, loras
 from denoscope.images.picture import MAX_PIXELS, Resample
 
@@ -121,6 +122,13 @@ def recipe(
         )
     settings |= {} if block else {"adaln": False, "massive": "keep"}
     settings |= {"control": controls(settings.get("control")), "lora": loras(settings.get("lora"))}
+    if isinstance(settings["size"], list):  # as JSON and TOML have it
+        settings["size"] = tuple(settings["size"])
+    if needs_picture(settings.get("prompt")) and (words := attends_words(expand(denoiser, settings["site"]))):
+        raise InputError(
+            f"The channels of {words[0]} are the words of the prompt, and captions have other words for every picture; give "
+            "one prompt for all."
+        )
     chosen = Recipe(**{"adaln": block, "massive": "zero" if block else "keep", **settings, "preset": name})
     if chosen.noise not in ("drawn", "none"):
         raise InputError(f'noise is "drawn" or "none", not {chosen.noise!r}.')
@@ -150,8 +158,8 @@ def _check_techniques(chosen: Recipe) -> None:
             )
         if chosen.second_t is not None:
             raise InputError("denoise_from ends at one timestep; leave out second_t.")
-    if chosen.noise == "none" and (chosen.denoise_from, chosen.second_t) != (None, None):
-        raise InputError('noise="none" reads clean latents; leave out denoise_from and second_t.')
+    if chosen.noise == "none" and (chosen.denoise_from, chosen.second_t, chosen.img2img) != (None, None, None):
+        raise InputError('noise="none" reads clean latents; leave out denoise_from, second_t and img2img.')
 
 
 def varied(denoiser: Denoiser, base: Recipe, technique: Mapping[str, Any]) -> Recipe:

@@ -188,6 +188,7 @@ def _paths(settings: Mapping[str, Any], place: Callable[[str], str | None]) -> d
 
     found = {name: nested(value) if name in ("control", "lora") else value for name, value in settings.items()}
     prompt = found.get("prompt")
-    if isinstance(prompt, str) and prompt.startswith("@") and prompt[1:]:
-        found["prompt"] = "@" + (place(prompt[1:]) or prompt[1:])
+    kind = next((kind for kind in ("@", "caption:") if isinstance(prompt, str) and prompt.startswith(kind)), None)
+    if kind and (name := prompt.removeprefix(kind)):
+        found["prompt"] = kind + (place(name) or name)
     return found

@@ -129,6 +129,11 @@ def readings(denoiser: Denoiser, names: Sequence[str]) -> list[Reading]:
     return [_attention(denoiser, name) if name.startswith(_ATTENTION) else plain(name) for name in names]
 
 
+def attends_words(names: Sequence[str]) -> list[str]:
+    """Those of the features (see `expand`) whose channels are words of the prompt."""
+    return [name for name in names if name.startswith(_ATTENTION) and "cross" in name]
+
+
 def attention_places(denoiser: Denoiser) -> dict[str, list[Site]]:
     """Attention maps by the place of their layers, in the order of the forward pass: "up_cross", or "cross" of transformers."""
     places: dict[str, list[Site]] = {}

@@ -5,7 +5,7 @@ score is computed for each draw, then averaged over draws, then over pictures.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,6 +27,7 @@ from denoscope.features.compared import (
     choices_of,
     common_settings,
     completed,
+    files_of,
     next_ones,
     of_another,
     wrongly,
@@ -107,7 +108,7 @@ class ShiftMeter:
         self.techniques = list(self._at[chosen.t[0]])
         plain = self._at[chosen.ref_t][PLAIN]
         told = None if chosen.anchor_prompt == "" else chosen.anchor_prompt
-        self._anchor = recipe(denoiser, **{**plain.settings(), "t": chosen.anchor_t, "prompt": told})
+        self._anchor = replace(recipe(denoiser, **{**plain.settings(), "t": chosen.anchor_t}), prompt=told)
         if chosen.anchor_t == chosen.ref_t and (self._anchor.prompt or "") == (plain.prompt or ""):
             raise InputError(
                 f"The score is undefined: the anchor is the reference itself (t = {chosen.anchor_t}, the same prompt); choose "
@@ -121,6 +122,7 @@ class ShiftMeter:
         return {
             **common_settings(self.denoiser, self.base),
             "techniques": told,
+            "files": files_of(recipes),
             **{**asdict(chosen), "t": list(chosen.t), "sites": self.sites},
             "noise": "the same draws for reference, anchor and every technique, at every timestep",
             "precision": "Laplacian and sums in float64",

@@ -1,6 +1,8 @@
-"""Telling one set of weights from another, so that stored features of a model that was trained on are not taken for its own."""
+"""What made a feature: telling one set of weights from another, and the versions of the libraries."""
 
 import hashlib
+from functools import cache
+from importlib.metadata import version
 
 from torch import nn
 
@@ -14,3 +16,9 @@ def weights_digest(network: nn.Module) -> str:
         digest.update(f"{name}{list(parameter.shape)}".encode())
         digest.update(parameter.detach().flatten()[:4].float().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Of the libraries that decide the numbers; looking them up takes milliseconds."""
+    return {name: version(name) for name in ("torch", "diffusers", "transformers")}
