@@ -11,3 +11,8 @@ class InputError(DenoscopeError, ValueError):
 
 class MissingError(DenoscopeError, FileNotFoundError):
     """A file, folder or model that was asked for is not there."""
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 pair", "2 pairs": for messages."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -372,6 +372,7 @@ def test_command_trains_and_the_recipe_is_used_by_others(run, folder, tmp_path) 
     assert "features of" in said
     for word in ("trained", "mean", "clean", "noise", "img@0.1", "--recipe"):
         assert word in said
+    assert "or --head nn" not in said  # it was asked for
     recipe_file = tmp_path / "w.toml"
     assert 'amalgamate = "w.safetensors"' in recipe_file.read_text()
     status, said, wrong = run(
@@ -399,8 +400,10 @@ def test_command_names_what_is_wrong(run, folder, tmp_path) -> None:
         (["--pairs", folder / "none.json"], "none.json"),
         (["--examples", tmp_path / "none"], "none"),
         (["--pairs", folder / "pairs.json", "--steps", 0], "at least 1"),
-        (["--pairs", folder / "pairs.json", "--head", "mlp"], "conv or nn"),
-        (["--pairs", folder / "pairs.json", "--model", "rgb"], "no diffusion model"),
+        (["--pairs", folder / "pairs.json", "--head", "mlp"], "Error: head is conv or nn, not 'mlp'."),
+        (["--pairs", folder / "pairs.json", "--count", 0], "the number of assigners, is 0; it must be at least 1"),
+        (["--examples", folder, "--count", 0], "the number of assigners, is 0; it must be at least 1"),
+        (["--pairs", folder / "pairs.json", "--model", "rgb"], "for a diffusion model by itself"),
         (["--examples", folder, "--test", folder], "--test is for pairs"),
     ):
         status, _, wrong = run(*common, *options)

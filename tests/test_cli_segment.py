@@ -65,6 +65,8 @@ def test_examples_teach_and_everything_is_written(run, folders):
     assert "trained before" in text
     changed = [path.name for path, when in before.items() if path.stat().st_mtime_ns != when]
     assert sorted(changed) == ["p4.png", "p4.png"]
+    assert "done 3 of 3 (2 kept from before)" in text
+    assert "done 3 of 3 (all kept from before)" in run(*asked)[1]
 
     # other examples train anew, which makes all masks anew
     as_grey(np.zeros((48, 64), np.uint8), folders / "examples" / "e0.png")
@@ -86,7 +88,14 @@ def test_a_trained_classifier_is_used_without_examples(run, folders):
     for k in range(3, 6):
         one, two = (np.array(Image.open(folders / where / "masks" / f"p{k}.png")) for where in ("one", "two"))
         assert np.array_equal(one, two)
-    for option in (("--t", 3), ("--side", 64), ("--feature", "pool=2")):
+    for option in (
+        ("--t", 3),
+        ("--side", 64),
+        ("--feature", "pool=2"),
+        ("--model", "rgb"),
+        ("--ignore", 3),
+        ("--seed", 0),
+    ):
         status, _, text = run("segment", folders / "photos", "--classifier", file, *option)
         assert status == 2
         assert f"{option[0]} belongs to the training" in text
@@ -112,6 +121,10 @@ def test_features_of_a_diffusion_model(run, folders):
     assert run(*asked)[0] == 0
     one, two = (np.array(Image.open(where / "masks" / "p3.png")) for where in (out, folders / "b"))
     assert np.array_equal(one, two)
+    kept = folders / "b" / "numbers" / "p3.json"
+    before = json.loads(kept.read_text())["key"]
+    assert run(*asked, "--dtype", "bfloat16")[0] == 0  # other features, so that nothing of before is shown again
+    assert json.loads(kept.read_text())["key"] != before
 
 
 def test_mistakes_are_one_sentence(run, folders):
@@ -123,15 +136,52 @@ def test_mistakes_are_one_sentence(run, folders):
         ((folders / "none", "--examples", examples), "There is no file"),
         ((photos, "--classifier", folders / "none"), "There is no classifier"),
         (("--classifier", folders / "none"), "Name the pictures"),
-        ((photos, "--examples", examples, "--voters", 0, *QUICK[:4]), "at least 1 model"),
-        ((photos, "--examples", examples, "--side", 2, *QUICK[:4]), "at least 8 pixels"),
-        ((photos, "--examples", examples, "--names", "grass", *QUICK), "has class 1, but there are 1 names"),
+        ((photos, "--examples", examples, "--voters", 0, *QUICK[:4]), "--voters must be at least 1, not 0"),
+        ((photos, "--examples", examples, "--epochs", 0), "--epochs must be at least 1, not 0"),
+        ((photos, "--examples", examples, "--finest", 0), "--finest must be at least 8, not 0"),
+        ((photos, "--classifier", folders / "none", "--finest", 7), "--finest must be at least 8, not 7"),
+        ((photos, "--examples", examples, "--side", 2, *QUICK[:4]), "--side must be at least 8, not 2"),
+        ((photos, "--examples", examples, "--names", "grass", *QUICK), "has class 1, which is beyond the 1 name "),
         ((photos, "--examples", examples, "--feature", "colour=3"), "no setting 'colour'"),
     ):
         status, _, text = run("segment", *arguments, "--out", folders / "out")
         assert status == 2, arguments
         assert sentence in text, (sentence, text)
         assert "Traceback" not in text
+
+
+def test_a_stopped_run_says_how_to_go_on(run, folders, monkeypatch):
+    said = print
+    asked = ("segment", folders / "photos", "--examples", folders / "examples", "--out", folders / "out", *QUICK)
+
+    def stop_at(text):
+        def stopping(*values, **options):
+            said(*values, **options)
+            if str(values[0]).startswith(text):
+                raise KeyboardInterrupt
+
+        return stopping
+
+    for text in ("features: 2 of 3", "segmented 1 of 3"):
+        with monkeypatch.context() as patch:
+            patch.setattr("builtins.print", stop_at(text))
+            status, out, error = run(*asked)
+        assert status != 0
+        assert text in out
+        assert "segment: stopped; the same command goes on from there." in error
+        assert "Traceback" not in error
+    status, out, _ = run(*asked)
+    assert status == 0
+    assert "trained before" in out
+    assert "done 3 of 3 (1 kept from before)" in out
+
+
+def test_one_network_disputes_nothing(run, folders):
+    asked = ("segment", folders / "photos", "--examples", folders / "examples", "--out", folders / "out", *QUICK)
+    status, text, _ = run(*asked, "--voters", 1)
+    assert status == 0
+    assert "labelling next" not in text
+    assert json.loads((folders / "out" / "summary.json").read_text())["label_next"] == []
 
 
 def test_a_damaged_picture_does_not_stop_the_others(run, folders):

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import smooth_picture
+from conftest import GOLDEN, smooth_picture
 from PIL import Image
 
 import denoscope as ds
@@ -53,12 +53,11 @@ def test_everything(run, photos, tmp_path):
     assert json.loads((out / "shift.json").read_text())["pictures"][:3] == shift["pictures"]
 
 
-@pytest.mark.filterwarnings("default::UserWarning")
 def test_one_picture_with_the_built_in_techniques(run, photos, tmp_path):
-    out = tmp_path / "out"
-    status, printed, errors = run("shift", "seedling", photos / "0.png", *QUICK, "--no-gate", "--out", out)
+    out, quick = tmp_path / "out", ("--site", "up.1", "--size", "64", "--draws", "1", "--no-gate")
+    model = GOLDEN / "content-shift-features" / "pipeline"
+    status, printed, errors = run("shift", model, photos / "0.png", *quick, "--out", out)
     assert status == 0, errors
-    assert "vocabulary does not hold: high, quality" in errors  # of a model of 192 words
     assert "the prompt alone is varied" in printed
     assert "One picture: no interval" in printed
     told = json.loads((out / "shift.json").read_text())["settings"]["techniques"]
@@ -102,9 +101,12 @@ def test_recipe_and_plain_prompt(run, photos, tmp_path):
         ("seedling", ("--techniques", "empty.toml"), "names no techniques"),
         ("seedling", ("--techniques", "sized.toml"), "'big' sets 'size'"),
         ("seedling", ("--curve", "x"), "--curve 'x' is not understood"),
-        ("seedling", ("--ref", "none", "--prompt", "bird"), "The reference is"),
-        ("seedling", ("--strength", "2", "--prompt", "bird"), "between 0 and 1"),
-        ("seedling", ("--wrong-control", "--prompt", "bird"), "No technique has a ControlNet"),
+        ("seedling", ("--ref", "none", "--techniques", "face.toml"), "The reference is"),
+        ("seedling", ("--strength", "2", "--techniques", "face.toml"), "between 0 and 1"),
+        ("seedling", ("--wrong-control", "--techniques", "face.toml"), "No technique has a ControlNet"),
+        ("seedling", ("--t", "90", "--techniques", "low.toml"), "The technique 'low' at t = 90"),
+        ("seedling", ("--techniques", "typed.toml"), "guidance is a number, not 'three'"),
+        ("seedling", (), "does not know the words"),
         ("sift", (), "no diffusion model"),
     ],
 )
@@ -112,6 +114,9 @@ def test_mistakes(run, photos, tmp_path, monkeypatch, model, more, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.toml").write_text("")
     (tmp_path / "sized.toml").write_text("[big]\nsize = 96\n")
+    (tmp_path / "face.toml").write_text('[face]\nprompt = "face"\n')
+    (tmp_path / "low.toml").write_text("[low]\ndenoise_from = 80\n")
+    (tmp_path / "typed.toml").write_text('[typed]\nguidance = "three"\n')
     status, _, errors = run("shift", model, photos, *more, "--out", tmp_path / "out")
     assert status == 2
     assert message in errors

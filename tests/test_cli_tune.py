@@ -51,6 +51,7 @@ def test_the_recipe_is_taken_by_other_verbs(run, data):
     assert f"Recipe: {out}" in printed
     assert "of a budget of 60" in printed
     assert "the choice has rank" in printed
+    assert "the grid alone takes" in " ".join(printed.split())
     made = tomllib.loads(out.read_text())
     assert (made["t"], made["size"]) in ((20, "64"), (261, "64"))
     saved = json.loads((data / "found" / "r-tune" / "tune.json").read_text())
@@ -63,6 +64,11 @@ def test_the_recipe_is_taken_by_other_verbs(run, data):
     fm = ds.FeatureMap.load(data / "f" / "one.safetensors")
     assert (fm.recipe["t"], fm.recipe["ensemble"]) == (made["t"], made["ensemble"])
     assert fm.recipe["size"] == [64, 64]
+
+
+def test_help_shows_how_a_technique_is_written(run):
+    for verb in ("tune", "shift"):
+        assert "[label] and prompt" in " ".join(run(verb, "--help")[1].replace("│", " ").split())
 
 
 @pytest.mark.parametrize("kind", ["masks", "pictures"])

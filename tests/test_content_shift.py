@@ -22,6 +22,7 @@ from denoscope.features.bootstrap import interval
 from denoscope.features.content_shift import diff, laplacian, score, structure
 from denoscope.features.dift import feature_sets
 from denoscope.features.shift import ContentShift, content_shift
+from denoscope.images.draw_shift import curves
 
 HEADS = GOLDEN / "content-shift-heads"
 RECORDED = json.loads((HEADS / "expected.json").read_text())["gate"]
@@ -209,6 +210,33 @@ def test_shift_grows_with_noise(seedling):
             (row.score for row in found.rows if row.site == site), reverse=True
         )
     assert found.draw().width > found.draw_curves("diff").width / 2
+
+
+def test_the_legend_of_curves_lies_below_them() -> None:
+    points = [(0, 0.5, None), (100, 0.5, None)]
+    image = np.asarray(curves({"up.1": {"one": points, "two": points}}, "score").convert("RGB")).astype(int)
+    blue = np.abs(image - (0x00, 0x72, 0xB2)).sum(2) < 30
+    drawn = np.abs(image - (0xD5, 0x5E, 0x00)).sum(2) < 30  # the second line covers the first
+    axis = np.flatnonzero((image.max(2) < 10).mean(1) > 0.5).max()  # the row of the axis of timesteps
+    assert drawn[:axis].any()
+    assert not blue[:axis].any()  # so the first shows in the legend only
+    assert blue[axis:].any()
+
+
+def test_the_anchor_is_told_nothing_whatever_the_preset_says(sd, monkeypatch):
+    preset = {"t": 50, "site": "up.1", "ensemble": 1, "size": "64", "prompt": "a photo of a cat"}
+    monkeypatch.setattr(sd, "presets", {"semantic": preset})
+    said = content_shift(sd, [smooth_picture(0)], {}, draws=1)
+    same = content_shift(sd, [smooth_picture(0)], {}, draws=1, anchor_prompt="a photo of a cat")
+    assert said.records[0]["rows"][0]["diff"] == same.records[0]["rows"][0]["diff"]
+    assert said.records[0]["rows"][0]["anchor"] != same.records[0]["rows"][0]["anchor"]
+
+
+@pytest.mark.filterwarnings("ignore:Denoising without")
+def test_the_anchor_is_read_where_it_says_whatever_plain_does(sd):
+    found = content_shift(sd, [smooth_picture(0)], {"plain": {"denoise_from": 52}}, draws=1, settings=SMALL)
+    bare = content_shift(sd, [smooth_picture(0)], {}, draws=1, settings=SMALL)
+    assert found.records[0]["rows"][0]["diff"] != bare.records[0]["rows"][0]["diff"]
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,9 @@
 """The classifier of pixels: the published networks, their training and votes, and segmentation from a few examples."""
 
 import json
+from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -9,13 +11,14 @@ import torch.nn.functional as F
 from conftest import GOLDEN, smooth_picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFilter
 from safetensors.torch import load_file
 from scenes import Patches
 from torch import nn
 
 import denoscope as ds
 from denoscope.features.amalgamation import ChannelAssigner, mixed, mixing_weights
+from denoscope.features.baselines import BASELINES
 from denoscope.images import Frame
 from denoscope.segmentation.ensemble import (
     PixelEnsemble,
@@ -26,6 +29,7 @@ from denoscope.segmentation.ensemble import (
     uncertainty,
     vote,
 )
+from denoscope.segmentation.examples import _check_edges
 from denoscope.segmentation.masks import Classes, overlay
 from denoscope.segmentation.pixels import PixelStore, chosen_pixels
 
@@ -307,6 +311,26 @@ def test_a_saved_classifier_is_the_same_and_knows_its_features(learned, tmp_path
         learned.save(tmp_path / "c.pt")
 
 
+def test_a_stopped_training_keeps_the_features_of_its_examples(tmp_path):
+    examples = ds.Examples.of([scene(k) for k in range(3)])
+    stages = []
+
+    def stop(stage, done, total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    def note(stage, done, total):
+        if stage != "training":
+            stages.append((stage, done, total))
+
+    model, quick = BASELINES["rgb"](size="64x48", stride=4), {"models": 2, "epochs": 1}
+    with pytest.raises(KeyboardInterrupt):
+        ds.FewShot.fit(model, examples, **quick, folder=tmp_path, report=stop)
+    again = ds.FewShot.fit(model, examples, **quick, folder=tmp_path, report=note)
+    assert stages == [("kept", 1, 3), ("kept", 2, 3), ("features", 3, 3)]
+    assert again.ensemble.digest == ds.FewShot.fit(model, examples, **quick).ensemble.digest
+
+
 def test_classes_too_small_for_the_grid_are_told():
     picture, labels = scene(0)
     labels = labels.copy()
@@ -385,10 +409,10 @@ def test_png_pictures_in_images_with_their_own_names(tmp_path):
     as_grey(labels, tmp_path / "masks" / "a.png")
     saved_scene(tmp_path / "images", 1, "b", ".png")
     (tmp_path / "classes.txt").write_text("grass\nball\n")
-    with pytest.warns(UserWarning, match="fewer examples|have no mask") as told:
+    with pytest.warns(UserWarning, match="fewer examples|for want of a mask") as told:
         examples = ds.read_examples(tmp_path)
     assert sorted(str(one.message).split(";")[0][:30] for one in told) == [
-        "1 pictures in " + str(tmp_path / "images")[:16],
+        "1 picture in " + str(tmp_path / "images")[:17],
         "There are fewer examples (1) t",
     ]
     assert examples.classes.names == ("grass", "ball")
@@ -430,6 +454,72 @@ def test_pixels_to_ignore(tmp_path):
     assert [int((examples.examples[0].labels == k).sum()) for k in (-1, 0, 1)] == [14 * 48, 30 * 48, 20 * 48]
 
 
+def test_black_and_white_is_two_classes_also_in_arrays(tmp_path):
+    truths = [saved_scene(tmp_path, k, f"{k}") for k in range(2)]
+    for k, labels in enumerate(truths):
+        np.save(tmp_path / f"{k}.npy", labels.astype(np.int64) * 255)
+    examples = ds.read_examples(tmp_path)
+    assert examples.classes.names == ("background", "object")
+    assert all(np.array_equal(one.labels, labels) for one, labels in zip(examples.examples, truths, strict=True))
+    grey = truths[0] * 255
+    grey[:5] = 3
+    as_grey(grey, tmp_path / "0_mask.png")
+    (tmp_path / "0.npy").unlink()
+    found = ds.read_examples(tmp_path, ignore=3).examples[0].labels
+    assert (found[:5] == -1).all()
+    assert np.array_equal(found[5:], truths[0][5:])
+
+
+def drawn_large(times):
+    """A disc and a triangle at 96 x 72, drawn so many times as large."""
+    image = Image.new("L", (96 * times, 72 * times))
+    pen = ImageDraw.Draw(image)
+    pen.ellipse([20 * times, 14 * times, 57 * times, 50 * times], fill=255)
+    pen.polygon([(66 * times, 8 * times), (90 * times, 33 * times), (68 * times, 62 * times)], fill=255)
+    return image
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        drawn_large(1).filter(ImageFilter.GaussianBlur(1)),
+        drawn_large(1).filter(ImageFilter.GaussianBlur(3)),
+        drawn_large(2).resize((96, 72), Image.Resampling.BOX),
+        drawn_large(4).resize((96, 72), Image.Resampling.LANCZOS),
+    ],
+    ids=["blurred", "much blurred", "drawn at twice the size", "drawn at four times the size"],
+)
+def test_grey_masks_with_smooth_edges_are_refused(tmp_path, mask):
+    smooth_picture(1, 96, 72).image().save(tmp_path / "a.jpg")
+    mask.save(tmp_path / "a_mask.png")
+    with pytest.raises(ds.InputError, match=r"a_mask\.png has \d+ values.* without smooth edges"):
+        ds.read_examples(tmp_path)
+
+
+def test_numbers_that_all_have_names_are_classes_in_any_shape(tmp_path):
+    smooth_picture(1, 96, 72).image().save(tmp_path / "a.jpg")
+    shades = np.array(drawn_large(2).resize((96, 72), Image.Resampling.BOX))
+    np.save(tmp_path / "a.npy", np.unique(shades, return_inverse=True)[1].reshape(shades.shape))
+    with pytest.raises(ds.InputError, match="has 5 values, 3 of them only between others"):
+        ds.read_examples(tmp_path)
+    with pytest.warns(UserWarning, match="fewer examples"):
+        assert ds.read_examples(tmp_path, names=list("abcde")).examples[0].labels.max() == 4
+
+
+@given(st.integers(0, 10_000), st.integers(3, 150), st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_many_classes_are_no_smooth_edges(seed, count, in_order):
+    rng = np.random.default_rng(seed)
+    places = rng.random((count, 2)) * [72, 96]
+    if in_order:  # neighbours have neighbouring numbers
+        places = places[np.argsort(places[:, 1])]
+    y, x = np.mgrid[:72, :96]
+    regions = ((y[..., None] - places[:, 0]) ** 2 + (x[..., None] - places[:, 1]) ** 2).argmin(2)
+    _check_edges(regions.astype(np.uint8), Path("mask.png"))
+    lines = np.where(cv2.Laplacian(regions.astype(np.float32), cv2.CV_32F) != 0, 255, regions)
+    _check_edges(lines, Path("mask.png"))  # outlines that are left out
+
+
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
@@ -437,7 +527,8 @@ def test_pixels_to_ignore(tmp_path):
         (lambda d: (d / "a.jpg").unlink(), "No picture in .* has a mask"),
         (lambda d: as_grey(np.zeros((9, 7), np.uint8), d / "a.png"), "a.jpg is 7x9 but the picture 64x48"),
         (lambda d: as_grey(np.zeros((48, 64), np.uint8), d / "a.png"), "only class 0; label at least two"),
-        (lambda d: as_grey(np.full((48, 64), 255, np.uint8), d / "a.png"), "class"),
+        (lambda d: as_grey(np.full((48, 64), 255, np.uint8), d / "a.png"), r"no class, only what is left out \(255\)"),
+        (lambda d: np.save(d / "a.npy", np.full((48, 64), 255)), r"no class, only what is left out \(255\)"),
         (lambda d: (d / "a.png").write_bytes(b"?"), "a.png is not an image"),
         (lambda d: np.save(d / "a.npy", np.full((48, 64), 0.5)), "a.npy must hold whole numbers, not float64"),
         (lambda d: np.save(d / "a.npy", np.full((48, 64), np.nan)), "a.npy must hold whole numbers"),
@@ -448,7 +539,7 @@ def test_pixels_to_ignore(tmp_path):
         (lambda d: np.save(d / "a.npy", np.zeros((48, 64, 5))), r"must be \[height, width\]"),
         (lambda d: (d / "a.npy").write_bytes(b"?"), "a.npy is no array"),
         (lambda d: Image.open(d / "a.jpg").save(d / "a.png"), "a.png has .* colours; a mask has one flat colour"),
-        (lambda d: (d / "classes.txt").write_text("grass\n"), "a.jpg has class 1, but there are 1 names"),
+        (lambda d: (d / "classes.txt").write_text("grass\n"), "a.jpg has class 1, which is beyond the 1 name "),
         (lambda d: (d / "classes.json").write_text("{"), "classes.json is not understood"),
     ],
 )

@@ -19,7 +19,7 @@ import denoscope as ds
 from denoscope.errors import InputError
 from denoscope.features.gate import Gate, GateChoices, Gatekeeper, gate
 from denoscope.features.likeness import edge_f1, psnr, ssim, verdict
-from denoscope.features.shift import content_shift
+from denoscope.features.shift import ShiftMeter, content_shift
 from denoscope.features.weights import weights_digest
 
 SMALL = {"size": "long48"}
@@ -226,6 +226,29 @@ def test_controls_and_adapters(sd, tmp_path):
     assert weights_digest(sd.network) == weights
     assert {row.technique: row.verdict for row in found.rows}["no edges"] == "no effect"
     assert [row.technique for row in found.rows][-2:] == ["wrong:edges", "wrong:no edges"]
+
+
+def test_long_prompts_are_guided_and_do_not_depend_on_each_other(sd):
+    long = {
+        name: {"prompt": " ".join(["cat"] * n), "long_prompts": "chunks", "guidance": 2.0}
+        for name, n in (("a", 75), ("b", 90))
+    }
+    together, alone = (
+        Gatekeeper(sd, some, GateChoices(seeds=1, steps=4), size="64").repaint(smooth_picture(0))
+        for some in (long, {"a": long["a"]})
+    )
+    assert torch.allclose(together["a"], alone["a"], atol=1e-5)
+    assert (together["a"] - together["b"]).abs().max() > 1e-4
+
+
+def test_files_that_change_are_other_techniques(sd, tmp_path):
+    words = tmp_path / "words.json"
+    told = []
+    for caption in ("a cat", "a dog"):
+        words.write_text(f'{{"p": "{caption}"}}')
+        given = {"words": {"prompt": f"@{words}"}}
+        told.append((Gatekeeper(sd, given, size="64").settings(), ShiftMeter(sd, given, size="64").settings()))
+    assert all(before != after for before, after in zip(*told, strict=True))
 
 
 def test_class_labels(tmp_path):

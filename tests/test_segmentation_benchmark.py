@@ -1,5 +1,6 @@
 """Few-shot segmentation benchmarks: the published mean IoU, layouts, splits, tables and pictures."""
 
+import csv
 import json
 
 import numpy as np
@@ -178,6 +179,8 @@ def test_camvid_leaves_out_what_is_unlabelled_and_classes_that_are_nowhere(camvi
     assert rows["pole"]["mIoU"] > 50
     assert rows["road"]["mIoU"] == 0
     assert rows["all"]["mIoU"] == pytest.approx(rows["pole"]["mIoU"] / 2)
+    assert rows["all"]["± runs"] == rows["pole"]["± runs"] == 0
+    assert {row["± runs"] for row in benchmark.rows(items[:1], [record])} == {None}  # n - 1 is 0
     with pytest.raises(ds.InputError, match="shots=9 is not possible"):
         CamVid(camvid, shots=9).items()
     assert len(CamVid(camvid, shots=1, test=2).items()[0].data.test) == 2
@@ -203,6 +206,22 @@ def test_ade20k_counts_from_one_and_ignores_other(tmp_path):
         ADE20K(tmp_path).items()
     with pytest.raises(ds.InputError, match="leaves no picture"):
         ADE20K(tmp_path, shots=3, train="validation").items()
+
+
+def test_the_table_shows_the_classes_that_occur_and_the_files_all(run, tmp_path):
+    for k in range(3):
+        save_pair(k, tmp_path / "images/validation" / f"{k}.jpg", tmp_path / "annotations/validation" / f"{k}.png", 1)
+    settings = ("shots=2", "train=validation", "runs=1", "models=1", "epochs=1", "side=32")
+    asked = [part for setting in settings for part in ("--set", setting)]
+    out = tmp_path / "out"
+    status, text, _ = run("bench", "ade20k", "--model", "rgb", "--data", tmp_path, *asked, "--size", "64", "--out", out)
+    assert status == 0
+    shown = [line.split()[:2] for line in text.splitlines() if line.startswith("  label")]
+    assert shown == [["label", "1"], ["label", "2"]]
+    with (out / "ade20k.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 151
+    assert {row["± runs"] for row in rows} == {""}
 
 
 def test_what_is_wrong_is_told_with_its_path(scarce, tmp_path):

@@ -1,14 +1,16 @@
 """Techniques of content-shift suppression: parity with the published extractor, and what composing them must leave alone."""
 
 import json
+import shutil
 
 import pytest
+import tiny
 import torch
 from conftest import GOLDEN, relative, smooth_picture
-from diffusers import ControlNetModel
+from diffusers import ControlNetModel, EulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import denoscope as ds
@@ -80,6 +82,7 @@ def test_activations_are_those_of_the_published_extractor(published, recorded, n
         for site, fm in found.items():
             assert relative(fm.values, recorded[f"{name}/{names[site]}"][i]) < 1e-5
             assert fm.recipe["t"] == case["unet_calls_t"][-1]
+            assert fm.recipe.get("asked_t", fm.recipe["t"]) == case["t_requested"]
 
 
 def test_raw_cross_attention_maps_are_those_of_the_published_extractor(published, recorded):
@@ -180,6 +183,48 @@ def test_members_average_to_the_features(published):
     )
 
 
+@pytest.mark.parametrize(
+    ("family", "site", "read_by"),
+    [
+        ("flux", "block.1", "single_transformer_blocks.0.norm.linear"),
+        ("sd3", "block.0", "transformer_blocks.1.norm1.linear"),
+    ],
+)
+def test_transformer_blocks_are_modulated_with_their_loras_and_after_averaging(tmp_path, family, site, read_by):
+    pipe, folder = tiny.saved(tmp_path / family, family)
+    denoiser, picture, file = ds.load(folder, device="cpu"), smooth_picture(3, 64, 64), tmp_path / "lora.safetensors"
+    out, into = pipe.transformer.get_submodule(read_by).weight.shape
+    name = f"transformer.{read_by}"
+    save_file({f"{name}.lora_A.weight": torch.randn(2, into), f"{name}.lora_B.weight": torch.randn(out, 2)}, file)
+    base = {"t": 500, "site": site, "size": "64", "ensemble": 3, "massive": "1"}
+    recipes = {"plain": recipe(denoiser, **base), "lora": recipe(denoiser, **base, lora=str(file))}
+    found = feature_sets(denoiser, picture, recipes)
+    # the stream is the same, what reads it is not
+    assert relative(found["lora"][site].values, found["plain"][site].values) > 1e-2
+    members = {}
+    for key, member, values in member_maps(denoiser, picture, recipes, running=True, chunk=2):
+        members[key, member] = values[site]
+    for key in recipes:
+        assert relative(members[key, 2], found[key][site].values) < 1e-5
+        alone = feature_sets(denoiser, picture, {"": recipe(denoiser, **{**recipes[key].settings(), "ensemble": 1})})
+        assert relative(members[key, 0], alone[""][site].values) < 1e-5
+
+
+def test_where_the_published_code_cannot_begin_to_denoise(tmp_path):
+    shutil.copytree(PUBLISHED / "pipeline", tmp_path / "pipeline")
+    index = json.loads((tmp_path / "pipeline" / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "EulerDiscreteScheduler"]
+    (tmp_path / "pipeline" / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "pipeline" / "scheduler" / "scheduler_config.json").unlink()
+    EulerDiscreteScheduler(beta_schedule="scaled_linear").save_pretrained(tmp_path / "pipeline" / "scheduler")
+    denoiser = ds.load(tmp_path / "pipeline", device="cpu")
+    base = {"t": 50, "timestep_mode": "gdf"}
+    assert effective(denoiser, recipe(denoiser, **base), 50) == 49
+    assert effective(denoiser, recipe(denoiser, **base, denoise_from=60), 50) == 50
+    with pytest.raises(ds.InputError, match="begins at 49 with this scheduler, below t = 50"):
+        effective(denoiser, recipe(denoiser, **base, denoise_from=50), 50)
+
+
 def test_shared_draws_do_not_depend_on_the_timestep(published):
     picture = smooth_picture(4, 64, 64)
     recipes = {str(t): recipe(published, t=t, site="up.1", size="64", ensemble=1) for t in (50, 51)}
@@ -223,6 +268,8 @@ def test_contradictions_are_named(published):
         ({"denoise_from": 40, "t": 50}, "40 lies below t = 50"),
         ({"denoise_from": 60, "t": 50, "second_t": 90}, "second_t"),
         ({"noise": "none", "second_t": 90}, "clean latents"),
+        ({"noise": "none", "img2img": 0.5}, "clean latents"),
+        ({"site": "attention.up_cross", "prompt": "@words.json"}, "one prompt for all"),
         ({"img2img": 1.5}, "between 0 and 1"),
         ({"guidance": float("nan")}, "guidance scale"),
         ({"timestep_mode": "gfd"}, "exact or gdf"),
@@ -232,10 +279,24 @@ def test_contradictions_are_named(published):
         ({"lora": {"scale": 1}}, "'path'"),
         ({"contrl": "x"}, "no setting 'contrl'"),
         ({"second_t": 1000}, "Timestep 1000"),
+        ({"guidance": "three"}, "guidance is a number"),
+        ({"seed": True}, "seed is a whole number"),
+        ({"control": {"model": "x", "scale": "big"}}, "control: scale is a number"),
+        ({"control": "x@big"}, "scale 'big'"),
+        ({"lora": "x@nan"}, "finite number"),
     ]
     for technique, sentence in cases:
         with pytest.raises(ds.InputError, match=sentence):
             recipe(published, **technique)
+
+
+def test_words_are_channels_of_attention_features(published):
+    base = Dift(published, recipe(published, t=50, site="up.1+attention.up_cross", ensemble=1, size="128"))
+    techniques = {"a": {"prompt": "a cat"}, "b": {"prompt": "a dog"}}
+    with pytest.raises(ds.InputError, match="no mean under several prompts"):
+        Amalgam(base, techniques)
+    assert Amalgam(base, techniques, "concat").name
+    assert Amalgam(base, {"a": techniques["a"], "attention": techniques["b"]}).name
 
 
 def test_denoising_without_control_says_what_it_does(published):
@@ -289,6 +350,11 @@ class TestFiles:
         path = write_recipe("deep/r.toml", "seedling", {"control": [{"model": "canny"}]})
         assert "../canny" in path.read_text()
         assert read_recipe(tmp_path / "deep" / "r.toml").settings["control"][0]["model"].endswith("deep/../canny")
+        for prompt in ("@words.json", "caption:canny", "preset:horse-21"):
+            found = read_recipe(write_recipe("deep/r.json", "seedling", {"prompt": prompt})).settings["prompt"]
+            kind, _, name = prompt.partition("@" if prompt[0] == "@" else ":")
+            path = found.removeprefix("@").removeprefix("caption:")
+            assert found == prompt if kind == "preset" else (tmp_path / name).samefile(path)
 
     @pytest.mark.parametrize(
         ("text", "sentence"),
@@ -330,6 +396,42 @@ def test_verbs_read_features_as_a_recipe_says(run, tmp_path, seedling):
     fm = ds.FeatureMap.load(tmp_path / "out" / "p.safetensors")
     own = ds.features(seedling, tmp_path / "p.png", t=60, site="up.2", ensemble=1, size="long48", prompt="bird")
     assert torch.equal(fm.values, own.values)
+
+
+def test_what_nobody_said_does_not_win_over_a_recipe(run, tmp_path, seedling):
+    ds.write(smooth_picture(7), tmp_path / "p.png")
+    found = {}
+    for name, model, said in (("file", "seedling", ()), ("said", "another", ("--seed", 3, "--model", "seedling"))):
+        (tmp_path / "r.toml").write_text(f'model = "{model}"\nt = 90\nensemble = 1\nsize = [48, 32]\nseed = 7\n')
+        command = "features", tmp_path / "p.png", "--recipe", tmp_path / "r.toml", *said, "--out", tmp_path / name
+        status, _, err = run(*command)
+        assert status == 0, err
+        found[name] = ds.FeatureMap.load(tmp_path / name / "p.safetensors").values
+    for name, seed in (("file", 7), ("said", 3)):
+        own = ds.features(seedling, tmp_path / "p.png", t=90, ensemble=1, size=(48, 32), seed=seed)
+        assert torch.equal(found[name], own.values)
+
+
+def test_benchmarks_read_the_preset_and_the_prompt_of_a_recipe(run, tmp_path):
+    text = 'model = "seedling"\npreset = "geometric"\nensemble = 1\nsize = "long32"\nprompt = "face"\n'
+    (tmp_path / "r.toml").write_text(text)
+    for verb in ("bench", "sweep"):
+        out = tmp_path / verb
+        command = (
+            verb,
+            "spair",
+            "--data",
+            GOLDEN / "dift-eval" / "SPair-71k",
+            "--recipe",
+            tmp_path / "r.toml",
+            "--limit",
+            1,
+        )
+        status, _, err = run(*command, "--out", out)
+        assert status == 0, err
+        if verb == "bench":
+            method = json.loads((out / "spair.json").read_text())["settings"]["methods"]["seedling"]
+            assert (method["preset"], method["prompt"]) == ("geometric", "face")
 
 
 def test_a_recipe_of_several_techniques_is_an_amalgam(run, tmp_path, seedling):

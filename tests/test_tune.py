@@ -339,8 +339,8 @@ def test_what_was_kept_aside_decides_and_few_items_decide_nothing(tiny):
     few = tune(tiny, Planted(peak, count=5, noise=0.5), budget=400, **GRID)
     assert few.verdict == "cheaper"  # whatever five items say
     assert "5 items cannot show" in few.notes[0]
-    with pytest.raises(InputError, match="cannot be parted"):
-        tune(tiny, Planted(peak, count=2), budget=400, holdout=0.5)
+    with pytest.raises(InputError, match="keeps 1 of 4 items aside; .* as with 0.5"):
+        tune(tiny, Planted(peak, count=4), budget=400, holdout=0.3)
 
 
 def test_encoders_have_sites_and_sizes(tmp_path):
@@ -374,6 +374,28 @@ def test_results_are_saved_whole(tiny, tmp_path):
     assert ds.read(found.save(tmp_path / "t.png")).width > 300
     with pytest.raises(InputError, match="saved as"):
         found.save(tmp_path / "t.txt")
+
+
+def test_a_search_that_takes_more_than_the_grid_says_why(tiny):
+    found = tune(tiny, Planted(peak, 3), budget=60, times=[20], sites=["up.0"], ensembles=(1, 3), exhaustive=True)
+    assert found.exhaustive is not None
+    # one timestep: 3 rows a picture of the grid; besides 1 for the first comparison and 2 for the preset
+    assert (found.rows, found.exhaustive["rows"]) == (18, 9)
+    assert "The search took 18 rows; the grid alone takes 9." in found.comparison
+    assert "the preset with its ensemble of 2, and the last two at every ensemble size." in found.comparison
+    enough = tune(tiny, Planted(peak, 3), budget=60, times=[20], sites=["up.0"], ensembles=(2,), exhaustive=True)
+    assert enough.comparison.endswith("takes 6.")
+
+
+def test_the_heat_map_of_one_timestep_holds_its_title_and_frames(tiny):
+    found = tune(tiny, Planted(peak, 3), budget=60, times=[20], sites=["up.0"])
+    white = np.asarray(found.draw()).min(2) == 255
+    assert white[:, :2].all()  # nothing is cut off at the sides
+    assert white[:, -2:].all()
+    orange = (np.abs(np.asarray(found.draw()).astype(int) - (0xD5, 0x5E, 0x00)).sum(2) < 40).sum(0)
+    sides = np.flatnonzero(orange > 0.9 * orange.max())
+    framed = np.split(sides, np.flatnonzero(np.diff(sides) > 1) + 1)
+    assert min(map(len, framed)) >= 3  # 2 points of line at 120 dots an inch
 
 
 @pytest.mark.parametrize(
@@ -426,8 +448,19 @@ def test_pairs_of_ones_own(tmp_path):
     assert (item.category, item.data.threshold("bbox")) == ("cat", 25)
     assert boxed.thresholds == ("bbox",)
     assert PairsTask(boxed).metric == "PCK@0.1 (bbox)"
+    [item] = open_pairs(pairs_file(tmp_path, source_points=[[40, 30], [0, -1]])).items()  # as those that count from 1
+    assert item.data.source_points.tolist() == [[39, 29], [0, 0]]
     bundled = ds.__path__[0] + "/photos/pairs.json"
     assert [item.category for item in open_pairs(bundled).items()] == ["faces", "cat"]
+
+
+def test_pairs_without_a_category_have_no_row_of_their_own(tmp_path):
+    entry = json.loads(pairs_file(tmp_path).read_text())[0]
+    (tmp_path / "pairs.json").write_text(json.dumps([entry, {**entry, "category": "cat"}]))
+    data = open_pairs(tmp_path / "pairs.json")
+    items = data.items()
+    rows = data.rows(items, [{"points": item.data.target_points.tolist()} for item in items])
+    assert [(row["category"], row["count"]) for row in rows] == [("all", 2), ("cat", 1)]
 
 
 @pytest.mark.parametrize(
@@ -439,6 +472,12 @@ def test_pairs_of_ones_own(tmp_path):
         ({"source_points": [[1, 2, 3]]}, InputError, "exactly two numbers"),
         ({"source_points": [[1, float("nan")], [1, 2]]}, InputError, "finite"),
         ({"target_box": [5, 5, 5, 9]}, InputError, "x2 > x1"),
+        (
+            {"source_points": [[3, 4], [9999, 9]]},
+            InputError,
+            r"pairs\.json, pair 0, source_points: Point 1 at \(9999, 9\)",
+        ),
+        ({"target_points": [[5, -3], [22, 12]]}, InputError, "pair 0, target_points: Point 0 at .* of 40x30 pixels"),
     ],
 )
 def test_wrong_pairs_are_named(tmp_path, changes, error, message):

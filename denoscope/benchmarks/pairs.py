@@ -23,6 +23,7 @@ _NAMES = {
     "source_box": ("source_box", "source_bounding_box"),
     "target_box": ("target_box", "target_bounding_box"),
 }
+_EDGE = 1.0  # pixels outside that are taken for the edge: annotations count from 1, or round
 _SPLITS = ("val", "trn", "test")  # of SPair-71k, the first that is there: choosing is no business of a test set
 
 
@@ -70,7 +71,14 @@ class Pairs(Semantic):
             points = torch.tensor(listed, dtype=torch.float64)
             if not points.isfinite().all():
                 raise InputError(f"{where}: its {role}_points are not all finite.")
-            ends.append(Frame.of(size).clamped(points) if role == "source" else points)
+            frame = Frame.of(size)
+            within = frame.clamped(points)
+            # those clearly outside are refused, in the words that `match` has for them
+            try:
+                frame.inside(torch.where((points - within).abs() <= _EDGE, within, points))
+            except InputError as error:
+                raise InputError(f"{where}, {role}_points: {error}") from None
+            ends.append(within if role == "source" else points)
         if len(ends[0]) != len(ends[1]):
             raise InputError(f"{where} has {len(ends[0])} source_points and {len(ends[1])} target_points.")
         boxes = [_box(told[f"{role}_box"], f"{where}, {role}_box") for role in ("source", "target")]

@@ -34,7 +34,7 @@ from denoscope.benchmarks.segmentation_data import (
     mean_iou,
     read_labels,
 )
-from denoscope.errors import InputError, MissingError
+from denoscope.errors import InputError, MissingError, counted
 from denoscope.features import FeatureMap
 from denoscope.images import Picture, read
 from denoscope.images.draw import contact_sheet
@@ -184,7 +184,7 @@ class FewShotBenchmark(ABC):
         }
 
     def rows(self, items: Sequence[Item], records: Sequence[Record]) -> list[Row]:
-        """Means over runs, in percent; "± runs" is their standard deviation (n - 1). Then the IoU of every class."""
+        """Means over runs, in percent, then the IoU of every class; "± runs" is the standard deviation (n - 1), None of one."""
         counted = list(self.counted)
         found = [mean_iou(r["intersections"], r["unions"], counted, self.convention) for r in records]
         right, known = (np.array([record[key] for record in records], float)[:, counted] for key in ("right", "pixels"))
@@ -192,7 +192,7 @@ class FewShotBenchmark(ABC):
         recall = [np.mean(r[k > 0] / k[k > 0]) if (k > 0).any() else 0.0 for r, k in zip(right, known, strict=True)]
         values = [
             100 * float(np.mean([mean for mean, _ in found])),
-            100 * _spread([mean for mean, _ in found]),
+            _spread([100 * mean for mean, _ in found]),
             100 * float(np.mean(accuracy)),
             100 * float(np.mean(recall)),
             100 * float(np.mean([np.mean(record["uncertainty"]) for record in records])),
@@ -206,7 +206,7 @@ class FewShotBenchmark(ABC):
                     "category": self.classes.names[k],
                     "count": len(own),
                     "mIoU": float(np.mean(own)) if own else None,
-                    "± runs": _spread(own) if own else None,
+                    "± runs": _spread(own),
                     "accuracy": None if share is None else 100 * float(share),
                 }
             )
@@ -323,7 +323,8 @@ class Shots(FewShotBenchmark):
     def splits(self) -> list[Split]:
         train, test = self.pool()
         if not 1 <= self.shots <= len(train):
-            raise InputError(f"shots={self.shots} is not possible; {self.root} has {len(train)} training pictures.")
+            has = counted(len(train), "training picture")
+            raise InputError(f"shots={self.shots} is not possible; {self.root} has {has}.")
         found = []
         for run in range(self.runs):
             chosen = np.random.default_rng(self.seed + run).permutation(len(train))[: self.shots]
@@ -397,8 +398,8 @@ class ADE20K(Shots):
         return train, test
 
 
-def _spread(values: Sequence[float]) -> float:
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+def _spread(values: Sequence[float]) -> float | None:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def _packed(labels: Labels) -> str:

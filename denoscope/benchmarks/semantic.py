@@ -92,9 +92,9 @@ class Semantic:
         return {"points": found.points.tolist(), "mirrored": found.recipe["mirrored"]}
 
     def rows(self, items: Sequence[Item], records: Sequence[Record]) -> list[Row]:
-        categories = sorted({item.category for item in items})
+        categories = {item.category for item in items}
         found = []
-        for category in [None, *categories] if len(categories) > 1 else [None]:
+        for category in [None, *sorted(categories - {""})] if len(categories) > 1 else [None]:
             chosen = [(i, r) for i, r in zip(items, records, strict=True) if category in (None, i.category)]
             row: Row = {"category": category or "all", "count": len(chosen)}
             for kind in self.thresholds:

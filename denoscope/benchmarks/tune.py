@@ -28,7 +28,7 @@ from denoscope.benchmarks.tune_tasks import Task
 from denoscope.benchmarks.tuned import FEWEST, PLAIN, Setting, Tuned, choose
 from denoscope.denoisers.protocol import Denoiser
 from denoscope.encoders.protocol import Encoder
-from denoscope.errors import InputError
+from denoscope.errors import InputError, counted
 from denoscope.features.bootstrap import interval
 from denoscope.features.joint import takes_prompts
 from denoscope.features.recipe import Size
@@ -182,8 +182,8 @@ class _Search:
         if (needed := self._most(order, held, low)) > budget:
             raise InputError(
                 f"The budget of {budget} rows does not reach for one search over {len(self.arms)} combinations of timestep and "
-                f"technique, which takes {needed} on {low} items{' and those kept aside' if held else ''}; give at least that, "
-                "or fewer timesteps, techniques or members."
+                f"technique, which takes {needed} on {counted(low, 'item')}{' and those kept aside' if held else ''}; "
+                "give at least that, or fewer timesteps, techniques or members."
             )
         while low < high:
             middle = (low + high + 1) // 2
@@ -202,7 +202,8 @@ class _Search:
         kept = round(holdout * len(order)) if holdout else 0
         if holdout and (kept < 2 or len(order) - kept < 2):
             raise InputError(
-                f"{len(order)} items cannot be parted; at least 2 are needed on either side, or --holdout 0."
+                f"A holdout of {holdout:g} keeps {kept} of {counted(len(order), 'item')} aside; at least 2 are needed on "
+                f"either side{', as with 0.5' if len(order) > 3 else ' (4 items in all)'}, or a holdout of 0."
             )
         order, held = order[: len(order) - kept], order[len(order) - kept :]
         units, growth = self._affordable(order, held, budget)
@@ -229,7 +230,7 @@ class _Search:
             means = {s.name: float(self._scores(s, scored).mean()) for s in (choice, own)}
             told = {"items": len(scored), "shared": self._shared(order[:units], held), "values": means}
         choice = own if verdict == "keep" else choice
-        compared = self._exhaust(items, choice, spent, track) if exhaustive else None
+        compared = self._exhaust(items, choice, spent, scored is not items, track) if exhaustive else None
         for arm in (*self.arms, *self.companions.values()):
             self.reader.drop(arm)
         return Tuned(
@@ -263,7 +264,8 @@ class _Search:
             for arm in self.arms:
                 if arm not in with_controls:
                     self.reader.drop(arm)
-            label = f"round {number} of {len(rounds)}, {len(with_controls)} combinations on {len(items)} items"
+            label = f"{counted(len(with_controls), 'combination')} on {counted(len(items), 'item')}"
+            label = f"round {number} of {len(rounds)}, {label}"
             self.scores.add([(arm, [first]) for arm in with_controls], items, track(label))
             reached = {arm.name: self._best(arm, first, items) for arm in alive}
             alive.sort(key=lambda arm: -reached[arm.name])
@@ -324,9 +326,12 @@ class _Search:
         return sum(any(name in seen for name in self.task.names(item)) for item in self.task.items(held))
 
     def _exhaust(
-        self, items: Sequence[Item], choice: Setting, spent: int, track: Callable[[str], Track]
+        self, items: Sequence[Item], choice: Setting, spent: int, kept_aside: bool, track: Callable[[str], Track]
     ) -> dict[str, Any]:
-        """The whole grid on the same items: how far the choice is from its best, and what that would have taken."""
+        """The whole grid on the same items: how far the choice is from its best, and what that would have taken.
+
+        "besides": what the search read that is not of the grid.
+        """
         for number, arm in enumerate(self.arms, 1):
             self.scores.add(
                 [(arm, self.ensembles)], items, track(f"exhaustive, {number} of {len(self.arms)}: {arm.name}")
@@ -339,6 +344,12 @@ class _Search:
         pictures = len({name for item in items for name in self.task.names(item)})
         rows = sum(arm.rows * self.ensembles[-1] for arm in self.arms) * pictures
         behind = interval(values[best] - values[choice], seed=self.seed)
+        beyond = {
+            f"the preset with its ensemble of {self.preset_ensemble}": self.preset_ensemble not in self.ensembles,
+            "the last two at every ensemble size": len(self.ensembles) > 1,
+            "what content shift is compared with": bool(self.companions),
+            "items kept aside": kept_aside,
+        }
         return {
             "best": asdict(best),
             "best_value": means[best],
@@ -349,6 +360,7 @@ class _Search:
             "settings": len(means),
             "rows": rows,
             "cost_ratio": spent / rows,
+            "besides": [what for what, took in beyond.items() if took],
         }
 
     # what is told -------------------------------------------------------------------------------------------------------
@@ -373,7 +385,9 @@ class _Search:
         notes = []
         judged = len(items) if told is None else told["items"]
         if judged < FEWEST:
-            notes.append(f"{judged} items cannot show that anything is better; that takes at least {FEWEST}.")
+            notes.append(
+                f"{counted(judged, 'item')} cannot show that anything is better; that takes at least {FEWEST}."
+            )
         elif judged < 10:
             notes.append(f"{judged} items are few: intervals from fewer than about 10 are too narrow.")
         if told is None:

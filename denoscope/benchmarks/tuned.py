@@ -1,6 +1,7 @@
 """`Tuned`: what `tune` found, what it is worth, and its heat map."""
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from denoscope.errors import counted
 from denoscope.features.bootstrap import interval
 from denoscope.images import save_result
 from denoscope.images.chart import chart
@@ -70,19 +72,34 @@ class Tuned:
     def sentence(self) -> str:
         """The verdict in words."""
         change = _interval_text(*self.gain)
-        where = f"on {self.holdout['items']} items kept aside" if self.holdout else f"on {self.items} items"
+        seen = counted(self.items, "item")
+        where = f"on {self.holdout['items']} items kept aside" if self.holdout else f"on {seen}"
         caution = " This was measured without labels, which only stand in for what you want." if self.weak else ""
         match self.verdict:
             case "better":
                 text = f"{self.choice.name} is better than the preset ({self.preset.name}): {change} {self.metric} {where}."
             case "cheaper":
                 text = (
-                    f"{self.choice.name} is no worse than the preset ({self.preset.name}) as far as {self.items} items tell "
+                    f"{self.choice.name} is no worse than the preset ({self.preset.name}) as far as {seen} can tell "
                     f"({change} {self.metric} {where}), for {self.choice.rows} instead of {self.preset.rows} rows a picture."
                 )
             case _:
                 text = f"Keep the preset ({self.preset.name}): nothing that was tried is better {where} by more than chance."
         return text + caution
+
+    @property
+    def comparison(self) -> str:
+        """How the choice compares with the whole grid, in words; nothing where that was not scored."""
+        if not (told := self.exhaustive):
+            return ""
+        behind = f", {told['regret']:.1f} below the best ({told['best_value']:.1f})" if told["regret"] else ""
+        text = (
+            f"Of {counted(told['settings'], 'setting')} on the same items the choice has rank {told['rank']}{behind}. "
+            f"The search took {counted(self.rows, 'row')}; the grid alone takes {told['rows']}."
+        )
+        if self.rows > told["rows"] and told["besides"]:
+            text += f" The search took more because it also read {', and '.join(told['besides'])}."
+        return text
 
     def rows_of_table(self) -> list[dict[str, Any]]:
         """The cells, best first; those scored on all items before the others."""
@@ -141,17 +158,23 @@ def tuned_image(tuned: Tuned) -> Image.Image:
     cells = tuned.cells
     times, sites = (list(dict.fromkeys(cell[key] for cell in cells)) for key in ("t", "site"))
     times.sort(key=lambda t: -1 if t is None else t)
-    panels = list(dict.fromkeys((cell["technique"], cell["ensemble"]) for cell in cells))
-    panels.sort(key=lambda panel: (panel[0] != PLAIN, panel[1]))
+    given = list(tuned.recipe["search"]["techniques"])
+    panels = sorted(
+        {(cell["technique"], cell["ensemble"]) for cell in cells}, key=lambda panel: (given.index(panel[0]), panel[1])
+    )
     value = {tuple(cell[key] for key in ("technique", "ensemble", "t", "site")): cell for cell in cells}
     top = max(max(cell["value"] for cell in cells), 1e-9)
     low = min(0.0, *(cell["value"] for cell in cells))
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
-    label = 0.09 * max(len(str(site)) for site in sites)
-    with chart(
-        label + (0.9 + 0.6 * len(times)) * columns + 1, (1.1 + 0.3 * len(sites)) * rows + 0.4, columns, rows
-    ) as c:
+    label, panel = 0.09 * max(len(str(site)) for site in sites), 0.9 + 0.6 * len(times)
+    width = label + panel * columns + 1
+    titles = [_wrapped(name if times == [None] else f"{name}, ensemble {ensemble}", panel) for name, ensemble in panels]
+    below = tuned.metric, counted(tuned.items, "item")
+    headline = _wrapped("{}, {} (small: fewer); framed: the choice, dotted: the preset".format(*below), width)
+    lines = [1 + text.count("\n") for text in (headline, *titles)]
+    height = (0.95 + 0.15 * max(lines[1:]) + 0.3 * len(sites)) * rows + 0.25 + 0.15 * lines[0]
+    with chart(width, height, columns, rows) as c:
         for place, axes in enumerate(c.panels):
             axes.grid(False)
             if place >= len(panels):
@@ -161,7 +184,7 @@ def tuned_image(tuned: Tuned) -> Image.Image:
             found = [[value.get((technique, ensemble, t, site)) for t in times] for site in sites]
             grid = np.array([[np.nan if cell is None else cell["value"] for cell in row] for row in found])
             axes.imshow(grid, vmin=low, vmax=top, cmap="viridis", aspect="auto")
-            axes.set_title(technique if times == [None] else f"{technique}, ensemble {ensemble}", fontsize=9)
+            axes.set_title(titles[place], fontsize=9)
             axes.set_xticks(range(len(times)), ["" if t is None else t for t in times])
             axes.set_yticks(range(len(sites)), sites if place % columns == 0 else [""] * len(sites))
             if times != [None]:
@@ -177,8 +200,11 @@ def tuned_image(tuned: Tuned) -> Image.Image:
                 if (setting.technique, setting.ensemble) == (technique, ensemble) and setting.site in sites:
                     x, y = times.index(setting.t) - 0.5, sites.index(setting.site) - 0.5
                     frame = axes.add_patch(Rectangle((x, y), 1, 1))
-                    frame.set(linestyle=style, edgecolor="#D55E00", fill=False, linewidth=2)
-        c.figure.suptitle(
-            f"{tuned.metric}, {tuned.items} items (small: fewer); framed: the choice, dotted: the preset", fontsize=9
-        )
+                    frame.set(linestyle=style, edgecolor="#D55E00", fill=False, linewidth=2, clip_on=False, zorder=3)
+        c.figure.suptitle(headline, fontsize=9)
         return c.image()
+
+
+def _wrapped(text: str, width: float) -> str:
+    """Lines that are at most so many inches long in letters of 9 points."""
+    return textwrap.fill(text, max(12, int(width / 0.075)))

@@ -156,13 +156,15 @@ def sweep(
     Sites are read from the same forward passes, so a further site costs next to nothing.
     """
     from denoscope.benchmarks.sweep import run_sweep, sweep_image
-    from denoscope.features import Dift
+    from denoscope.features import Amalgam, Dift
     from denoscope.images import atomically, write
 
     benchmark = make(name, data, settings)
     benchmark.items()
     asked = {"preset": preset or benchmark.preset, "size": size, "seed": seed, "feature": feature, "recipe": recipe}
     extractor = options.load_extractor(model, device, dtype, **asked)
+    if isinstance(extractor, Amalgam):
+        raise InputError(f"{recipe} amalgamates several techniques, which are not swept over; use 'denoscope bench'.")
     if not isinstance(extractor, Dift):
         raise InputError(f"{model} has no timesteps to sweep over; compare its sites with 'denoscope bench --site'.")
     known = {one.name: one for one in extractor.denoiser.sites(sizes=False)}
@@ -302,7 +304,8 @@ def number(value: Any) -> str:
 def print_report(report: Any) -> None:
     """One line a method; with a single method, one line a category too."""
     console, columns = Console(), list(report.columns)
-    names = [*report.rows, *(f"  {row['category']}" for rows in report.rows.values() for row in rows[1:])]
+    each = {method: [row for row in rows[1:] if row["count"]] for method, rows in report.rows.items()}
+    names = [*report.rows, *(f"  {row['category']}" for rows in each.values() for row in rows)]
     room = console.width - max(map(len, names)) - 8
     fitting = [c for i, c in enumerate(columns) if sum(max(len(one), 5) + 2 for one in columns[: i + 1]) <= room]
     table = Table(box=None, pad_edge=False)
@@ -316,7 +319,7 @@ def print_report(report: Any) -> None:
     for method, rows in report.rows.items():
         line(method, rows[0])
         if len(report.rows) == 1:
-            for row in rows[1:]:
+            for row in each[method]:
                 line(f"  {row['category']}", row)
     console.print(table)
     if len(fitting) < len(columns):

@@ -59,12 +59,14 @@ def front(
 
         print(__version__)
         raise typer.Exit
-    warnings.showwarning = _warn
+    told: set[str] = set()
 
+    def warn(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
+        if issubclass(category, UserWarning) and str(message) not in told:
+            told.add(str(message))  # once for all pictures
+            Console(stderr=True).print("Note:", str(message), markup=False, highlight=False, soft_wrap=True)
 
-def _warn(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
-    if issubclass(category, UserWarning):
-        Console(stderr=True).print("Note:", str(message), markup=False, highlight=False, soft_wrap=True)
+    warnings.showwarning = warn
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
 """Options that several verbs share."""
 
 import tempfile
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from denoscope.errors import InputError
@@ -109,9 +109,8 @@ def asked_features(
     if recipe is None:
         return model, given
     file = read_recipe(recipe)
-    own = [
-        name for name in ("preset", "seed") if name in file.settings and not _said(name)
-    ]  # verbs have defaults of these
+    # verbs have defaults of these
+    own = [name for name in ("preset", "seed") if name in file.settings and not _said(name)]
     told = {name: value for name, value in given.items() if value is not None and name not in own}
     merged = {**file.settings, **told, "amalgamate": file.amalgamate, "techniques": file.techniques}
     return model if _said("model") else file.model, merged
@@ -119,8 +118,10 @@ def asked_features(
 
 def _said(parameter: str) -> bool:
     """Whether the user wrote an option, rather than leaving it at its default."""
-    context = click.get_current_context(silent=True)
-    return context is not None and context.get_parameter_source(parameter) is click.core.ParameterSource.COMMANDLINE
+    home, _, _ = typer.Context.__mro__[1].__module__.rpartition(".")  # click, or the one inside newer versions of typer
+    context = import_module(f"{home}.globals").get_current_context(silent=True)
+    source = None if context is None else context.get_parameter_source(parameter)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def feature_settings(given: list[str] | None) -> dict[str, Any]:

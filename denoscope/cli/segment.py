@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from denoscope.cli import options
-from denoscope.errors import DenoscopeError, InputError, MissingError
+from denoscope.errors import DenoscopeError, InputError, MissingError, counted
 
 SHEET = 24  # pictures on the contact sheet, the most uncertain first
 NEXT = 5  # pictures that are suggested to be labelled next, at most (and a third of all)
@@ -76,10 +76,17 @@ def segment(
     }  # fmt: skip
     reading = {"--preset": preset, "--t": t, "--site": site, "--ensemble": ensemble, "--size": size, "--prompt": prompt}
     reading |= {"--join": join, "--feature": feature, "--recipe": recipe}
-    if classifier is not None and (
-        given := [name for name, value in {**training, **reading}.items() if value is not None]
-    ):
-        raise InputError(f"{given[0]} belongs to the training; {classifier} says how it was trained. Leave it out.")
+    if classifier is not None:
+        given = [f"--{name}" for name in ("model", "ignore", "seed") if options._said(name)]
+        given += [name for name, value in {**training, **reading}.items() if value is not None]
+        if given:
+            raise InputError(f"{given[0]} belongs to the training; {classifier} says how it was trained. Leave it out.")
+    for name, value, least in (
+        ("--side", side or None, 8), ("--pixels", pixels, 1), ("--voters", voters, 1), ("--epochs", epochs, 1),
+        ("--finest", finest, 8),
+    ):  # fmt: skip
+        if value is not None and value < least:
+            raise InputError(f"{name} must be at least {least}, not {value}.")
     files = pictures(images or [])
     if not files and classifier is not None:
         raise InputError("Name the pictures to segment, or folders of them.")
@@ -103,14 +110,26 @@ def segment(
             "side": 128 if side is None else side or None, "pixels": pixels, "fewest": 20 if fewest is None else fewest,
             "precision": "float16", "seed": seed,
         }  # fmt: skip
-        trained = learned(out, extract, found, settings, source, told, device)
+        with resumable():
+            trained = learned(out, extract, found, settings, source, told, device)
     else:
         assert classifier is not None
         trained = FewShot.load(classifier, device=device, dtype=dtype)
         options.folder(out)
     legend(trained, out)
     if files:
-        segmented(trained, files, out, finest)
+        with resumable():
+            segmented(trained, files, out, finest)
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """A word about how to go on after Ctrl-C."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        Console(stderr=True).print("segment: stopped; the same command goes on from there.", highlight=False)
+        raise
 
 
 def pictures(given: Sequence[Path]) -> list[Path]:
@@ -156,7 +175,7 @@ def learned(
         )
     found.save(target, str(Path(model).resolve()) if Path(model).exists() else model, told)
     shutil.rmtree(kept, ignore_errors=True)
-    amount = f"{found.recipe['labelled_pixels']:,} pixels of {len(examples)} examples"
+    amount = f"{found.recipe['labelled_pixels']:,} pixels of {counted(len(examples), 'example')}"
     print(f"Classifier: {target}, {len(examples.classes)} classes from {amount}")
     return found
 
@@ -165,6 +184,12 @@ def learned(
 def reporter() -> Iterator[Any]:
     """A line that moves on a terminal, a few lines elsewhere."""
     console = Console(stderr=True)
+
+    def line(stage: str, done: int, total: int) -> str:
+        if stage == "training":
+            return f"training: {done} batches, {counted(total, 'network')} left"
+        return f"features: {done} of {total}" + (", kept from before" if stage == "kept" else "")
+
     if not console.is_terminal:
         said: dict[str, int] = {}
 
@@ -172,10 +197,7 @@ def reporter() -> Iterator[Any]:
             step = 1000 if stage == "training" else max(1, total // 5)
             if done // step > said.get(stage, 0):
                 said[stage] = done // step
-                print(
-                    f"{stage}: {done} " + (f"batches, {total} networks left" if stage == "training" else f"of {total}"),
-                    flush=True,
-                )
+                print(line(stage, done, total), flush=True)
 
         yield lines
         return
@@ -183,10 +205,10 @@ def reporter() -> Iterator[Any]:
         task = progress.add_task("features", total=None)
 
         def shown(stage: str, done: int, total: int) -> None:
-            if stage == "features":
-                progress.update(task, description=f"features of example {done} of {total}", completed=done, total=total)
+            if stage != "training":
+                progress.update(task, description=line(stage, done, total), completed=done, total=total)
             elif done % 20 == 0:
-                progress.update(task, description=f"training: {done} batches, {total} networks left", total=None)
+                progress.update(task, description=line(stage, done, total), total=None)
 
         yield shown
 
@@ -204,14 +226,16 @@ def segmented(trained: Any, files: Sequence[Path], out: Path, finest: int) -> No
     from denoscope.benchmarks.running import fingerprint
     from denoscope.cli.features import _names
 
-    entries, failed, reads = [], [], trained.extractor.describe()
-    for file, name in shown(list(zip(files, _names(list(files)), strict=True))):
+    entries, failed, kept, reads = [], [], [], trained.extractor.describe()
+    for file, name in shown(list(zip(files, _names(list(files)), strict=True)), kept):
         try:
             picture = ds.read(file)
             key = fingerprint([trained.ensemble.digest, reads, trained.classes.to_dict(), picture.digest, finest])
             entry = done(out, name, key)
             if entry is None:
                 entry = one(trained.segment(picture, finest), out, name, key)
+            else:
+                kept.append(name)
             entries.append({**entry, "picture": str(file)})
         except DenoscopeError as error:
             if len(files) == 1:
@@ -271,7 +295,9 @@ def summary(trained: Any, entries: list[dict[str, Any]], out: Path) -> None:
     from denoscope.segmentation.masks import with_legend
 
     order = sorted(entries, key=lambda entry: -entry["uncertainty"])
-    following = [entry["picture"] for entry in order[: min(NEXT, -(-len(order) // 3))]] if len(order) > 1 else []
+    following = [entry["picture"] for entry in order[: min(NEXT, -(-len(order) // 3))]]
+    if len(order) < 2 or trained.ensemble.models < 2:  # nothing to choose from, or no dispute to choose by
+        following = []
     names = trained.classes.names
     text = io.StringIO(newline="")
     writer = csv.writer(text)
@@ -324,8 +350,8 @@ def summary(trained: Any, entries: list[dict[str, Any]], out: Path) -> None:
     print(f"Masks: {out / 'masks'}\nSheet: {out / 'sheet.png'}\nNumbers: {out / 'summary.json'}, {out / 'summary.csv'}")
 
 
-def shown(jobs: Sequence[Any]) -> Iterator[Any]:
-    """A progress bar on a terminal, a line for every tenth of the work elsewhere."""
+def shown(jobs: Sequence[Any], kept: Sequence[Any]) -> Iterator[Any]:
+    """A progress bar on a terminal, a line for every tenth of the work elsewhere. kept: grows with what was done before."""
     console = Console(stderr=True)
     if console.is_terminal:
         bar = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
@@ -335,4 +361,5 @@ def shown(jobs: Sequence[Any]) -> Iterator[Any]:
     for count, job in enumerate(jobs, 1):
         yield job
         if count * 10 // len(jobs) > (count - 1) * 10 // len(jobs) and len(jobs) > 1:
-            print(f"segmented {count} of {len(jobs)}", flush=True)
+            before = f" ({'all' if len(kept) == count else len(kept)} kept from before)" if kept else ""
+            print(f"{'done' if before else 'segmented'} {count} of {len(jobs)}{before}", flush=True)

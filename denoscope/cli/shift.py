@@ -1,5 +1,6 @@
 """`denoscope shift`: how far features drift from the pictures, and which techniques bring them closer."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,9 @@ def shift(
     images: Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures.", metavar="IMAGE...")],
     techniques: Annotated[
         Path | None,
-        typer.Option(help='TOML or JSON file, a table of settings for each technique: [label] and prompt = "a bird".'),
+        typer.Option(
+            help='TOML or JSON file, a table of settings for each technique: \\[label] and prompt = "a bird".'
+        ),
     ] = None,
     preset: options.Preset = None,
     site: Annotated[list[str] | None, typer.Option("--site", help="Where to read; again for more sites.")] = None,
@@ -67,7 +70,7 @@ def shift(
     out: Annotated[Path, typer.Option(help="Folder for tables, pictures and records.")] = Path("out/shift"),
 ) -> None:
     """Rank TECHNIQUES by the content-shift score of the features of IMAGES, and check them by image-to-image."""
-    from denoscope.features import Dift
+    from denoscope.features import Amalgam, Dift
     from denoscope.features.compared import PLAIN, SHARED
     from denoscope.features.gate import Gate, GateChoices, Gatekeeper
     from denoscope.features.joint import takes_prompts
@@ -79,6 +82,8 @@ def shift(
     further = numbers(curve, "--curve") if curve else []
     asked = {"preset": preset, "size": size, "prompt": prompt, "feature": feature, "recipe": recipe}
     extract = options.load_extractor(model, device, dtype, **asked)
+    if isinstance(extract, Amalgam):
+        raise InputError(f"{recipe} amalgamates several techniques; compare them one by one with --techniques.")
     if not isinstance(extract, Dift):
         raise InputError(f"{model} is no diffusion model, whose features could drift from the picture.")
     denoiser, own = extract.denoiser, extract.recipe.settings()
@@ -87,10 +92,6 @@ def shift(
     console = Console()
     if given is None:
         given = built_in(extract, plain.get("prompt"))
-        console.print(
-            "No --techniques: the prompt alone is varied (plain, words for quality, words for its lack).",
-            highlight=False,
-        )
     compared = {**given, PLAIN: {**plain, **given.get(PLAIN, {})}}
     first = t if t is not None else own["t"] if recipe else 50
     times = tuple(dict.fromkeys([first, *further]))
@@ -103,7 +104,11 @@ def shift(
     keeper = Gatekeeper(denoiser, compared, gate_choices, wrong_control, **common, **place) if gate else None
     options.folder(out)
     run = _Run(files, _names(files), wrong_control, out, pictures)
-
+    if techniques is None:
+        console.print(
+            "No --techniques: the prompt alone is varied (plain, words for quality, words for its lack).",
+            highlight=False,
+        )
     measured = run.records("shift", meter, _draw_features)
     result = ContentShift.of(measured, meter.settings())
     saved = [result.save(out / "shift.json"), result.save(out / "shift.csv"), result.save(out / "shift.png")]
@@ -148,7 +153,16 @@ def built_in(extract: Any, prompt: Any) -> dict[str, dict[str, Any]]:
         )
     plain = prompt or PROMPTS["correspondence-plain"]
     words = {"quality": QUALITY, "low-quality": PROMPTS["low-quality"]}
-    return {"plain": {"prompt": plain}, **{name: {"prompt": f"{plain}, {text}"} for name, text in words.items()}}
+    found = {name: f"{plain}, {text}" for name, text in words.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        one, two = (extract.denoiser.condition([prompt]).tokens for prompt in found.values())
+    if one.equal(two):
+        raise InputError(
+            f"{extract.name} does not know the words for good and poor quality that are compared by themselves; give "
+            "--techniques FILE."
+        )
+    return {"plain": {"prompt": plain}, **{name: {"prompt": prompt} for name, prompt in found.items()}}
 
 
 @dataclass

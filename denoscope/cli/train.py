@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from denoscope.cli import options
-from denoscope.errors import InputError
+from denoscope.errors import InputError, counted
 
 app = typer.Typer(help="Train small models.", no_args_is_help=True)
 
@@ -107,7 +107,7 @@ def classifier(
         levels = [None] if schedule is None else [len(schedule) * quarter // 4 for quarter in range(4)]
         shares = [accuracy(trained, images[held], labels[held], schedule, t, seed=seed) for t in levels]
         said = (f"{share:.3f}" + ("" if t is None else f" at t = {t}") for t, share in zip(levels, shares, strict=True))
-        print(f"Accuracy on {int(held.sum())} held-out pictures: {', '.join(said)}")
+        print(f"Accuracy on {counted(int(held.sum()), 'held-out picture')}: {', '.join(said)}")
     print(f"Classifier of {', '.join(names)}: {out}")
 
 
@@ -193,11 +193,11 @@ def amalgam(
     shared = {"steps": steps, "every": every, "weights": weights, "count": count, "gamma1": gamma1, "gamma2": gamma2}
     shared |= {"official": official, "seed": seed, **rate}
     cache = cache or out.with_name(f"{out.stem}-features")
-    asked = {"preset": preset, "t": t, "site": site, "ensemble": ensemble, "size": size, "prompt": prompt}
+    asked = {"preset": preset, "t": t, "site": site, "ensemble": ensemble, "size": size, "prompt": prompt, "seed": seed}
     source, settings = options.asked_features(model, feature=feature, recipe=recipe, **asked)
 
     def extractor() -> Amalgam:
-        base = load_extractor(source, device, dtype, **settings, seed=seed)
+        base = load_extractor(source, device, dtype, **settings)
         if not isinstance(base, Dift):
             raise InputError(f"{source} is read as {base.name}; techniques are for a diffusion model by itself.")
         return Amalgam(base, wanted)
@@ -222,10 +222,10 @@ def amalgam(
                 report=report,
                 prepared=prepared,
             )
-        _amalgam_table(made.columns, f"{len(lists[1])} validation pairs", made.validation)
+        _amalgam_table(made.columns, counted(len(lists[1]), "validation pair"), made.validation)
         if made.test:
-            _amalgam_table(made.columns, f"{len(lists[2])} test pairs", made.test)
-        _amalgam_verdict(made.columns[int(official)], made.best, made.validation)
+            _amalgam_table(made.columns, counted(len(lists[2]), "test pair"), made.test)
+        _amalgam_verdict(made.columns[int(official)], made.best, made.validation, head)
     else:
         from denoscope.segmentation import read_examples
         from denoscope.training.pixel_amalgam import PixelAmalgamConfig, split_examples, train_pixel_amalgam
@@ -238,21 +238,21 @@ def amalgam(
         with _preparing() as prepared, _progress(steps) as report:
             told = train_pixel_amalgam(chosen, *parts, out, cache, config=config, report=report, prepared=prepared)
         right = max(look["right"] for look in told["looks"])
-        print(
-            f"{100 * right:.1f} % of the pixels of {len(parts[1])} validation pictures right, at step {told['best']}."
-        )
+        shown = counted(len(parts[1]), "validation picture")
+        print(f"{100 * right:.1f} % of the pixels of {shown} right, at step {told['best']}.")
     given = {name: one for name, one in settings.items() if name not in ("amalgamate", "techniques")}
     made_recipe = write_recipe(out.with_suffix(".toml"), source, given, {"trained": out.name}, out.name, wanted)
     print(f"Weights: {out} (use them with --recipe {made_recipe})")
 
 
-def _amalgam_verdict(column: str, best: int, rows: Mapping[str, Mapping[str, Any]]) -> None:
+def _amalgam_verdict(column: str, best: int, rows: Mapping[str, Mapping[str, Any]], head: str) -> None:
     others = {name: row[column] for name, row in rows.items() if name != "trained"}
     name, reached = max(others.items(), key=lambda other: other[1])
     print(f"Best at step {best}: {column} {rows['trained'][column]:.1f} (chosen on these pairs, so a little too good).")
     if reached >= rows["trained"][column]:
         said = 'amalgamate = "mean"' if name == "mean" else f"the technique {name!r} alone"
-        print(f"Training did not help: {said} reaches {reached:.1f}. Use that, more pairs, or --head nn.")
+        instead = "Use that, more pairs, or --head nn." if head == "conv" else "Use that, or more pairs."
+        print(f"Training did not help: {said} reaches {reached:.1f}. {instead}")
 
 
 def _amalgam_table(columns: Sequence[str], title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
@@ -274,7 +274,7 @@ def _preparing() -> Iterator[Callable[[int, int], None]]:
         nonlocal said
         if time.monotonic() - said > 30 or made == pictures:
             said = time.monotonic()
-            console.print(f"features of {made}/{pictures} pictures", highlight=False)
+            console.print(f"features of {made}/{counted(pictures, 'picture')}", highlight=False)
 
     yield told
 

@@ -44,7 +44,9 @@ def tune(
     ] = None,
     techniques: Annotated[
         Path | None,
-        typer.Option(help='TOML or JSON file, a table of settings for each technique: [label] and prompt = "a bird".'),
+        typer.Option(
+            help='TOML or JSON file, a table of settings for each technique: \\[label] and prompt = "a bird".'
+        ),
     ] = None,
     ensembles: Annotated[str, typer.Option(help="Ensemble sizes: '1,4'.")] = "1",
     sizes: Annotated[str | None, typer.Option(help="Picture sizes to try beside the preset's: '512,long384'.")] = None,
@@ -174,13 +176,6 @@ def _print(found: Any) -> None:
         table.add_row(cell["technique"], *times, cell["site"], *members, str(cell["items"]), value, str(cell["rows"]))
     console.print(f"Best {min(10, len(cells))} of {len(cells)} that were scored:", highlight=False)
     console.print(table)
-    for line in (found.sentence, *found.notes):
+    for line in filter(None, (found.sentence, *found.notes, found.comparison)):
         console.print(line, highlight=False, markup=False)
-    if found.exhaustive:
-        told = found.exhaustive
-        console.print(
-            f"Of {told['settings']} settings on the same items the choice has rank {told['rank']}, {told['regret']:.1f} below "
-            f"the best ({told['best_value']:.1f}), for {100 * told['cost_ratio']:.0f} % of the rows.",
-            highlight=False,
-        )
     console.print(f"Rows of the network: {found.rows} of a budget of {found.budget}.", highlight=False)

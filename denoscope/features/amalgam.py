@@ -1,6 +1,6 @@
 """`Amalgam`: the features of one model under several techniques as one; see `amalgamation` for the ways to do it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ from denoscope.features.dift import feature_sets
 from denoscope.features.extractor import Dift
 from denoscope.features.feature_map import FeatureMap
 from denoscope.features.recipe import Recipe, varied
+from denoscope.features.sets import attends_words, expand
 from denoscope.images import Picture
 
 ATTENTION = "attention"  # the technique of this name makes the map that is put beside the amalgam
@@ -36,7 +37,17 @@ class Amalgam:
     def __post_init__(self) -> None:
         if not set(self.techniques) - {ATTENTION}:
             raise InputError("There is nothing to amalgamate; name at least one technique beside the attention.")
-        _ = self.rule, self.recipes(self.base.recipe)  # what is wrong is said here
+        found = self.recipes(self.base.recipe)  # what is wrong is said here
+        if self.rule == "mean" or isinstance(self.rule, Assigners):
+            self._check_words([one for name, one in found.items() if name != ATTENTION])
+
+    def _check_words(self, found: Sequence[Recipe]) -> None:
+        words = [name for one in found for name in attends_words(expand(self.base.denoiser, one.site))]
+        if words and len({one.prompt for one in found}) > 1:
+            raise InputError(
+                f"The channels of {words[0]} are the words of the prompt, so they have no mean under several prompts; give all "
+                f"techniques one prompt, or read it under a technique of its own, named {ATTENTION}."
+            )
 
     @cached_property
     def rule(self) -> "str | Assigners":

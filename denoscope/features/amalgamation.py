@@ -213,10 +213,14 @@ class Mixture:
     weights: list[Tensor]
 
 
-def check_kinds(weights: str, head: str = "nn") -> None:
-    """InputError for kinds of assigners and heads that there are none of."""
-    if weights not in ("channel", "scalar") or head not in ("conv", "nn"):
-        raise InputError(f"weights is channel or scalar, not {weights!r}, and head is conv or nn, not {head!r}.")
+def check_kinds(weights: str, head: str = "nn", count: int = 1) -> None:
+    """InputError for kinds of assigners and heads that there are none of, and for fewer than one assigner."""
+    if weights not in ("channel", "scalar"):
+        raise InputError(f"weights is channel or scalar, not {weights!r}.")
+    if head not in ("conv", "nn"):
+        raise InputError(f"head is conv or nn, not {head!r}.")
+    if count < 1:
+        raise InputError(f"count, the number of assigners, is {count}; it must be at least 1.")
 
 
 class Assigners(nn.Module):
@@ -242,9 +246,9 @@ class Assigners(nn.Module):
         made: Mapping[str, Any] | None = None,
     ):
         super().__init__()
-        if channels < 1 or attention < 0 or count < 1:
-            raise InputError("Assigners need at least 1 channel, 0 or more channels of attention, and be at least 1.")
-        check_kinds(weights, head)
+        if channels < 1 or attention < 0:
+            raise InputError("Assigners need at least 1 channel and 0 or more channels of attention.")
+        check_kinds(weights, head, count)
         if pixels and head == "conv":
             raise InputError("Assigners of pixels have no convolution; take the head nn.")
         self.settings = {"channels": channels, "attention": attention, "count": count, "weights": weights}

@@ -35,7 +35,7 @@ from denoscope.features.prompts import resolve
 from denoscope.features.recipe import Recipe, Size, recipe, resolve_size, varied
 from denoscope.features.sets import Reading, expand, readings
 from denoscope.features.technique import shown
-from denoscope.features.weights import versions
+from denoscope.features.weights import versions, weights_digest
 from denoscope.images import Frame, Picture
 from denoscope.sites import Watch
 
@@ -229,6 +229,7 @@ class _Plan:
             "model": work.denoiser.name,
             "preset": chosen.preset,
             "t": self.times[0],
+            **({"asked_t": chosen.t} if self.times[0] != chosen.t else {}),
             "site": site,
             "ensemble": chosen.ensemble,
             "prompt": self.prompt,
@@ -394,9 +395,10 @@ def _treatments(
         [site for site in sites if ditf.applies(denoiser, site)] if chosen.adaln or chosen.massive != "keep" else []
     )
     widths = {site.name: site.channels for site in denoiser.sites()} if streams else {}
+    weights = weights_digest(denoiser.network) if streams and chosen.lora else ""
     found: dict[tuple[str, int], _Treatment] = {}
     for site, t in product(streams, times):
-        channels = ditf.channels_to_zero(denoiser, chosen.massive, site, t, widths[site])
+        channels = ditf.channels_to_zero(denoiser, chosen.massive, site, t, widths[site], weights)
         shift, scale = ditf.modulation(denoiser, site, t, condition, size) if chosen.adaln else (None, None)
         found[site, t] = channels, shift, scale
     return found

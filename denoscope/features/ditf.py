@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from denoscope.denoisers.noise import draw
 from denoscope.denoisers.protocol import Condition, Denoiser, Modulated
 from denoscope.errors import InputError
-from denoscope.features.weights import weights_digest
 from denoscope.sites import Watch
 
 PUBLISHED = {("flux", 3072): (154, 1446)}  # by family and width
@@ -55,12 +54,15 @@ def massive_channels(values: Float[Tensor, "channels *cells"]) -> tuple[int, ...
     return tuple((magnitude > RATIO * magnitude.median()).nonzero().flatten().tolist())
 
 
-def channels_to_zero(denoiser: Denoiser, massive: str, site: str, t: int, width: int) -> tuple[int, ...]:
+def channels_to_zero(
+    denoiser: Denoiser, massive: str, site: str, t: int, width: int, weights: str = ""
+) -> tuple[int, ...]:
     """The channels that a recipe's `massive` stands for at a site of `width` channels.
 
     massive: "keep" (none), "zero", or numbers such as "154,1446". For "zero" the published channels are taken where there are
     any; else they are measured once per model, site and timestep on smooth random latents that never change, not on the user's
-    picture, so that any two pictures lose the same ones.
+    picture, so that any two pictures lose the same ones. weights: what tells apart the weights that a model has for a while
+    (under a LoRA), of which each has channels of its own.
 
     Raises InputError when it cannot be understood.
     """
@@ -74,7 +76,7 @@ def channels_to_zero(denoiser: Denoiser, massive: str, site: str, t: int, width:
         return tuple(sorted(set(map(int, massive.split(",")))))
     if published := PUBLISHED.get((denoiser.family, width)):
         return published
-    known, key = _found.setdefault(denoiser, {}), (weights_digest(denoiser.network), site, t)  # with a LoRA, others
+    known, key = _found.setdefault(denoiser, {}), (weights, site, t)
     if key not in known:
         known[key] = massive_channels(_reference(denoiser, site, t))
     return known[key]

@@ -107,7 +107,7 @@ def features(
     site: str | None = None,
     ensemble: int | None = None,
     prompt: str | int | None = None,
-    size: Size | None = None,
+    size: Size | list[int] | None = None,
     noise: Noise | Literal["none"] | None = None,
     seed: int = 0,
     chunk: int | None = None,

@@ -11,11 +11,18 @@ from denoscope.features import ditf
 from denoscope.features.presets import NAMES, PRESETS
 from denoscope.features.prompts import needs_picture
 from denoscope.features.sets import attends_words, expand
-from denoscope.features.technique import Control, Lora, controls, loras
+from denoscope.features.technique import Control, Lora, check_kinds, controls, loras
 from denoscope.images.picture import MAX_PIXELS, Resample
 
 Size = int | str | tuple[int, int]
 _TECHNIQUES = 10  # fields of Recipe before its techniques
+_NUMBER, _WHOLE, _TEXT = (int, float), (int,), (str,)
+_KINDS: dict[tuple[type, ...], tuple[str, tuple[str, ...]]] = {
+    _WHOLE: ("a whole number", ("t", "ensemble", "seed", "denoise_from", "second_t", "pool")),
+    _NUMBER: ("a number", ("img2img", "guidance")),
+    _TEXT: ("text", ("site", "noise", "massive", "resample", "timestep_mode", "long_prompts")),
+    (str, int): ("text or a class number", ("prompt",)),
+}
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ def recipe(
     site: str | None = None,
     ensemble: int | None = None,
     prompt: str | int | None = None,
-    size: Size | None = None,
+    size: Size | list[int] | None = None,
     resample: Resample | None = None,
     noise: str | None = None,
     adaln: bool | None = None,
@@ -113,6 +120,7 @@ def recipe(
             raise InputError(f"The preset {name!r} of {denoiser.name} does not say {key}; complete its denoscope.json.")
     if unknown := sorted(set(settings) - set(known)):
         raise InputError(f"The preset {name!r} of {denoiser.name} has an unknown key {unknown[0]!r}.")
+    check_kinds(settings, _KINDS)
     streams = [ditf.applies(denoiser, one) for one in expand(denoiser, settings["site"])]
     block = all(streams)
     if not block and (adaln or massive not in (None, "keep")):

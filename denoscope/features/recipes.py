@@ -21,6 +21,7 @@ A file of techniques has one table for each, with the same settings. Paths are r
 
 import json
 import os
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -187,8 +188,6 @@ def _paths(settings: Mapping[str, Any], place: Callable[[str], str | None]) -> d
         return text(value)
 
     found = {name: nested(value) if name in ("control", "lora") else value for name, value in settings.items()}
-    prompt = found.get("prompt")
-    kind = next((kind for kind in ("@", "caption:") if isinstance(prompt, str) and prompt.startswith(kind)), None)
-    if kind and (name := prompt.removeprefix(kind)):
-        found["prompt"] = kind + (place(name) or name)
+    if isinstance(prompt := found.get("prompt"), str) and (named := re.fullmatch(r"(@|caption:)(.+)", prompt)):
+        found["prompt"] = named[1] + (place(named[2]) or named[2])
     return found

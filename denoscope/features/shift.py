@@ -103,17 +103,24 @@ class ShiftMeter:
         self.sites = list(expand(denoiser, self.base.site))
         self._at: dict[int, dict[str, Recipe]] = {}
         for t in (*chosen.t, chosen.ref_t):
-            found = {name: varied(denoiser, self.base, {**one, "t": t}) for name, one in own.items()}
+            found = {name: self._technique(name, one, t) for name, one in own.items()}
             self._at[t] = {**found, **(wrongly(found) if wrong_control else {})}
         self.techniques = list(self._at[chosen.t[0]])
         plain = self._at[chosen.ref_t][PLAIN]
         told = None if chosen.anchor_prompt == "" else chosen.anchor_prompt
-        self._anchor = replace(recipe(denoiser, **{**plain.settings(), "t": chosen.anchor_t}), prompt=told)
+        once = {"t": chosen.anchor_t, "denoise_from": None, "second_t": None}  # read there and nowhere else
+        self._anchor = replace(recipe(denoiser, **{**plain.settings(), **once}), prompt=told)
         if chosen.anchor_t == chosen.ref_t and (self._anchor.prompt or "") == (plain.prompt or ""):
             raise InputError(
                 f"The score is undefined: the anchor is the reference itself (t = {chosen.anchor_t}, the same prompt); choose "
                 "another timestep for the anchor."
             )
+
+    def _technique(self, name: str, own: Mapping[str, Any], t: int) -> Recipe:
+        try:
+            return varied(self.denoiser, self.base, {**own, "t": t})
+        except InputError as error:
+            raise InputError(f"The technique {name!r} at t = {t}: {error}") from None
 
     def settings(self) -> dict[str, Any]:
         """Everything that decides the numbers, as JSON values."""

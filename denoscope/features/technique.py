@@ -6,6 +6,7 @@ Meng et al., "Suppress Content Shift: Better Diffusion Features via Off-the-Shel
 
 import glob
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,6 +19,22 @@ from denoscope.errors import InputError, MissingError
 from denoscope.features.weights import weights_digest
 from denoscope.images import Picture, read
 from denoscope.images.picture import IMAGE_SUFFIXES, Resample
+
+_KINDS: dict[tuple[type, ...], tuple[str, tuple[str, ...]]] = {
+    (str,): ("text", ("path", "image")),
+    (int, float): ("a number", ("scale", "low", "high")),
+}
+
+
+def check_kinds(
+    settings: Mapping[str, Any], kinds: Mapping[tuple[type, ...], tuple[str, Sequence[str]]], where: str = ""
+) -> None:
+    """InputError for a setting of a wrong type, as files and people write them. kinds: types to their name, and settings."""
+    for types, (kind, names) in kinds.items():
+        for name in names:
+            value = settings.get(name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, types)):
+                raise InputError(f"{where}{name} is {kind}, not {value!r}.")
 
 
 @dataclass(frozen=True)
@@ -36,6 +53,7 @@ class Control:
     high: int | float = 200
 
     def __post_init__(self) -> None:
+        check_kinds(vars(self), {(str, nn.Module): ("a folder, hub id or network", ("model",)), **_KINDS}, "control: ")
         if self.scale < 0 or not self.scale < float("inf"):
             raise InputError(f"The scale of a ControlNet is a number from 0, not {self.scale}.")
 
@@ -51,6 +69,11 @@ class Lora:
 
     path: str
     scale: int | float = 1.0
+
+    def __post_init__(self) -> None:
+        check_kinds(vars(self), _KINDS, "lora: ")
+        if not abs(self.scale) < float("inf"):
+            raise InputError(f"The scale of a LoRA is a finite number, not {self.scale}.")
 
     def described(self) -> dict[str, Any]:
         return {"path": self.path, "scale": self.scale}
@@ -76,10 +99,13 @@ def _one(given: Any, kind: type, main: str) -> Any:
     if isinstance(given, str | Path):
         text = str(given)
         name, at, scale = text.rpartition("@")
-        try:
-            return kind(name, scale=float(scale)) if at else kind(text)
-        except ValueError:  # an @ inside a name
+        if not at or Path(text).exists():  # an @ inside a name
             return kind(text)
+        try:
+            number = float(scale)
+        except ValueError:
+            raise InputError(f"The scale {scale!r} of {text!r} is not a number.") from None
+        return kind(name, scale=number)
     if isinstance(given, Mapping) and main in given:
         known = [field.name for field in fields(kind)]
         if unknown := sorted(set(given) - set(known)):
@@ -113,7 +139,7 @@ def shown(control: Control, picture: Picture, size: tuple[int, int], resample: R
 
 def contents(prompt: Any, controls: Sequence[Control], loras: Sequence[Lora]) -> dict[str, str]:
     """What settings name by a path and that may change behind it: path to a digest of the file, or of a folder's listing."""
-    paths = [prompt[1:]] if isinstance(prompt, str) and prompt.startswith("@") else []
+    paths = [m[1]] if isinstance(prompt, str) and (m := re.fullmatch(r"(?:@|caption:)(.+)", prompt)) else []
     paths += [control.image for control in controls if control.image != "canny"] + [lora.path for lora in loras]
     found = {path: _digest(Path(path).expanduser()) for path in paths}
     networks = [(str(control.described()["model"]), control.model) for control in controls]
@@ -123,9 +149,12 @@ def contents(prompt: Any, controls: Sequence[Control], loras: Sequence[Lora]) ->
 
 
 def _digest(path: Path) -> str:
+    """Of a file's bytes, or of the beginnings and sizes of the files of a folder."""
+    digest = hashlib.blake2b(digest_size=8)
     if path.is_file():
-        return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
-    listing = [
-        (str(one.relative_to(path)), one.stat().st_size, one.stat().st_mtime_ns) for one in sorted(path.rglob("*"))
-    ]
-    return hashlib.blake2b(str(listing).encode(), digest_size=8).hexdigest()
+        digest.update(path.read_bytes())
+    for one in sorted(path.rglob("*")):
+        if one.is_file():
+            with one.open("rb") as file:
+                digest.update(f"{one.relative_to(path)} {one.stat().st_size}".encode() + file.read(1 << 16))
+    return digest.hexdigest()

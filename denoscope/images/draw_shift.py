@@ -106,8 +106,14 @@ def bars(panels: Mapping[str, Sequence[Bar]], axis: str, margins: Mapping[str, f
 
 
 def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float, Any]]]], axis: str) -> Image.Image:
-    """One panel each: for every name a line over timesteps through (t, mean, interval or None), the interval as a band."""
-    with chart(0.8 + 3.6 * len(panels), 3.4, len(panels)) as c:
+    """One panel each: for every name a line over timesteps through (t, mean, interval or None), the interval as a band.
+
+    The legend is below, where it hides nothing.
+    """
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    width = 0.8 + 3.6 * len(panels)
+    beside = max(1, int(width / (0.6 + 0.075 * max(map(len, names)))))  # entries of the legend in a row
+    with chart(width, 3.4 + 0.18 * -(-len(names) // beside), len(panels)) as c:
         for index, (axes, (title, lines)) in enumerate(zip(c.panels, panels.items(), strict=True)):
             for name, points in lines.items():
                 points = sorted(points, key=lambda point: point[0])
@@ -120,5 +126,6 @@ def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float, Any]]]],
             axes.set_xlabel("timestep t")
             if index == 0:
                 axes.set_ylabel(axis)
-                axes.legend(fontsize=8)
+        shown = {line.get_label(): line for axes in c.panels for line in axes.get_lines()}
+        c.figure.legend([shown[name] for name in names], names, loc="outside lower center", ncols=beside, fontsize=8)
         return c.image()

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from jaxtyping import Int
 
-from denoscope.errors import InputError, MissingError
+from denoscope.errors import InputError, MissingError, counted
 from denoscope.images import Picture, read
 from denoscope.images.picture import IMAGE_SUFFIXES, _opened
 from denoscope.segmentation.masks import MOST, Classes
@@ -19,6 +20,7 @@ from denoscope.segmentation.pixels import IGNORED, Labels
 MASK_SUFFIXES = (".npy", ".png", ".bmp", ".tif", ".tiff", ".gif")
 FOLDERS = ("masks", "mask", "labels", "annotations")
 _COLOURS = 64  # flat colours that still are classes; more come from smooth edges
+_FLAT = 0.05  # share of pixels whose neighbours are all alike, from which on a map is no noise
 _LAYOUT = "NAME.npy, NAME_mask.png or NAME.mask.png beside NAME.jpg, or NAME.png in a folder masks"
 
 
@@ -62,7 +64,7 @@ class Examples:
             example = Example(read(picture), as_labels(np.asarray(labels), f"The mask of example {index}", ignore))
             example.read()
             found.append(example)
-        return cls(*_finished(found, names, {}))
+        return cls(*_finished(found, names, {}, ignore))
 
 
 def read_examples(folder: str | Path, ignore: int = 255, names: Sequence[str] | None = None) -> Examples:
@@ -71,14 +73,15 @@ def read_examples(folder: str | Path, ignore: int = 255, names: Sequence[str] | 
     A picture's mask is, first found: NAME.npy; NAME_mask or NAME.mask with an image's suffix; NAME.npy or an image NAME in a
     folder masks, mask, labels or annotations; NAME.png beside NAME.jpg.
 
-    Masks hold class numbers: integer arrays, indexed pictures (whose colours are kept) and grey ones. Masks of black and white
-    alone are background and one object. In colour masks every flat colour is a class: black is class 0, the others are
-    numbered in the order in which they occur; what is transparent is ignored. ignore: the number of pixels to leave out.
-    names: of the classes, in order; by default from classes.txt (one a line) or classes.json (a list, or a table from numbers
-    or "#rrggbb" colours to names) in the folder.
+    Masks hold class numbers: integer arrays, indexed pictures (whose colours are kept) and grey ones. If all masks together
+    hold 0 and 255 and nothing else but `ignore`, 0 is background and 255 one object. In colour masks every flat colour is a
+    class: black is class 0, the others are numbered in the order in which they occur; what is transparent is ignored.
 
-    Raises MissingError when there is no folder, picture or mask, InputError for masks that cannot be read, are not as large as
-    their picture, or hold one class only.
+    ignore: the number of pixels to leave out. names: of the classes, in order; by default from classes.txt (one a line) or
+    classes.json (a list, or a table from numbers or "#rrggbb" colours to names) in the folder.
+
+    Raises MissingError when there is no folder, picture or mask, InputError for masks that cannot be read, have smooth edges,
+    are not as large as their picture, or hold one class only.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -95,16 +98,20 @@ def read_examples(folder: str | Path, ignore: int = 255, names: Sequence[str] | 
     if len(kinds & {"colours", "numbers"}) > 1:
         odd = next(mask for _, mask, _, kind, _ in raw if kind == "colours")
         raise InputError(f"{odd} has colours but other masks have numbers; save all masks in one way.")
-    binary = kinds == {"numbers"} and all(set(np.unique(values)) <= {0, ignore, 255} for _, _, values, _, _ in raw)
+    occurring = {k for _, _, values, _, _ in raw for k in np.unique(values).tolist()}
+    binary = kinds == {"numbers"} and ignore != 0 and {0, 255} <= occurring <= {0, ignore, 255}
     if "colours" in kinds:
         table = table or _colour_table([values for _, _, values, kind, _ in raw if kind == "colours"])
     found = []
     for picture, mask, values, kind, palette in raw:
         if kind == "colours":
             labels = _from_colours(values, table, mask)
-        elif binary and ignore == 255 and any((v == 255).any() for _, _, v, _, _ in raw):
-            labels = (values == 255).astype(np.int16)
+        elif binary:
+            left_out = as_labels((values == ignore) & (ignore != 255), str(mask)) == 1
+            labels = np.where(left_out, IGNORED, as_labels(values == 255, str(mask)))
         else:
+            if not _all_named(values, told, ignore):
+                _check_edges(values, mask)
             labels = as_labels(values, str(mask), ignore)
         colours = {**palette, **colours}  # the first mask's count
         example = Example(picture, labels)
@@ -121,7 +128,7 @@ def read_examples(folder: str | Path, ignore: int = 255, names: Sequence[str] | 
     if isinstance(told, dict):
         count = max(map(int, told), default=0) + 1
         told = [told.get(str(k), f"class {k}") for k in range(count)]
-    return Examples(*_finished(found, told, colours))
+    return Examples(*_finished(found, told, colours, ignore))
 
 
 def as_labels(values: np.ndarray, what: str, ignore: int = 255) -> Int[np.ndarray, "height width"]:
@@ -145,7 +152,7 @@ def as_labels(values: np.ndarray, what: str, ignore: int = 255) -> Int[np.ndarra
 
 
 def _finished(
-    examples: Sequence[Example], names: Sequence[str] | None, colours: dict[int, tuple[int, int, int]]
+    examples: Sequence[Example], names: Sequence[str] | None, colours: dict[int, tuple[int, int, int]], ignore: int
 ) -> tuple[tuple[Example, ...], Classes]:
     """The examples and their classes, checked."""
     if not examples:
@@ -153,14 +160,14 @@ def _finished(
     occurring = np.unique(np.concatenate([np.unique(example.labels) for example in examples]))
     occurring = occurring[occurring != IGNORED]
     if len(occurring) < 2:
-        which = f"only class {occurring[0]}" if len(occurring) else "no class"
+        which = f"only class {occurring[0]}" if len(occurring) else f"no class, only what is left out ({ignore})"
         raise InputError(f"The masks hold {which}; label at least two classes (background may be one).")
     if names is not None and occurring[-1] >= len(names):
         odd = next(example for example in examples if example.labels.max() >= len(names))
         where = odd.picture if isinstance(odd.picture, Path) else odd.picture.path or "a picture"
         raise InputError(
-            f"The mask of {where} has class {odd.labels.max()}, but there are {len(names)} names (classes 0 to "
-            f"{len(names) - 1})."
+            f"The mask of {where} has class {odd.labels.max()}, which is beyond the {counted(len(names), 'name')} (the "
+            "first is that of class 0)."
         )
     count = int(occurring[-1]) + 1
     classes = Classes.numbered(count, colours) if names is None else Classes.of(names, colours)
@@ -195,7 +202,7 @@ def _pairs(folder: Path) -> list[tuple[Path, Path]]:
         raise MissingError(f"No picture in {home} has a mask; put {_LAYOUT}.")
     if without:
         few = ", ".join(without[:4]) + (" …" if len(without) > 4 else "")
-        warnings.warn(f"{len(without)} pictures in {home} have no mask and are left out: {few}.", stacklevel=3)
+        warnings.warn(f"{counted(len(without), 'picture')} in {home} left out for want of a mask: {few}.", stacklevel=3)
     return found
 
 
@@ -228,6 +235,35 @@ def _read_mask(path: Path) -> tuple[np.ndarray, str, dict[int, tuple[int, int, i
     if (rgba[..., :3] == rgba[..., :1]).all() and (codes != -1).all():
         return rgba[..., 0].astype(np.uint8), "numbers", {}
     return codes, "colours", {}
+
+
+def _all_named(values: np.ndarray, told: list[str] | dict[str, str] | None, ignore: int) -> bool:
+    """Whether the user names a class for every number of a mask."""
+    known = set(map(str, range(len(told)))) if isinstance(told, list) else set(told or ())
+    return {str(k) for k in np.unique(values)} <= {*known, str(ignore)}
+
+
+def _check_edges(values: np.ndarray, path: Path) -> None:
+    """Refuse numbers that are the greys of smooth edges rather than classes.
+
+    A value belongs to edges if most of its pixels lie strictly between the least and the greatest of their 3 x 3 neighbours. A
+    pixel where two regions meet never does, so classes have few such pixels, however many classes there are; greys between
+    black and white have hardly any other. Three such values that are the most of all are too many for outlines.
+    """
+    values = np.squeeze(values)
+    numbers, inverse = np.unique(values, return_inverse=True)
+    if values.ndim != 2 or len(numbers) < 5:
+        return
+    ranks, kernel = inverse.reshape(values.shape).astype(np.float32), np.ones((3, 3), np.uint8)
+    least, greatest = cv2.erode(ranks, kernel), cv2.dilate(ranks, kernel)
+    between = (least < ranks) & (ranks < greatest)
+    share = np.bincount(ranks[between].astype(int), minlength=len(numbers)) / np.bincount(inverse.ravel())
+    edges = int((share > 0.5).sum())
+    if edges >= 3 and 2 * edges > len(numbers) and (least == greatest).mean() >= _FLAT:
+        raise InputError(
+            f"{path} has {len(numbers)} values, {edges} of them only between others along edges; a mask has one flat value a "
+            "class. Save it as PNG without smooth edges."
+        )
 
 
 def _colour_table(masks: Sequence[np.ndarray]) -> dict[int, int]:

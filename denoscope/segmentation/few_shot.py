@@ -66,12 +66,15 @@ def gather(
     per_class: int | None = None,
     fewest: int = FEWEST,
     seed: int = 0,
-) -> None:
+) -> int:
     """Write the labelled pixels of examples into a store, one picture after the other; those that it holds are not made again.
+
+    Returns how many pictures it held.
 
     described: JSON values that decide the features. side: see `label_size`. per_class: at most so many pixels of each class of
     a picture. fewest: a class with fewer pixels in a picture is ignored there (20 as published; 0 for none).
     """
+    kept = 0
     for example in examples:
         picture = example.read()
         labels = without_small(resized_labels(example.labels, label_size(picture.size, side)), fewest)
@@ -79,8 +82,10 @@ def gather(
         key = [dict(described), picture.digest, digest(labels), per_class, seed]
         if len(places) and store.holds(key):
             store.open(key)
+            kept += 1
         elif len(places):
             store.add(features(picture), labels, places, key)
+    return kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +124,8 @@ class FewShot:
         side: of label maps, see `label_size`. pixels: at most so many of each class of a picture (None: all, as published).
         fewest: classes with fewer pixels in a picture are ignored there. precision: of features on disk. folder: where they are
         kept, to be used again by later calls; by default they are removed. device: of the training, "cpu" or "cuda".
-        report: called with "features", pictures done and all of them; then with "training", batches done and networks left.
+        report: called with "features" ("kept" where they were in `folder` already), pictures done and all of them; then with
+        "training", batches done and networks left.
 
         Raises InputError for examples that do not suffice.
         """
@@ -131,10 +137,9 @@ class FewShot:
         own = tempfile.mkdtemp(prefix="denoscope-pixels-") if folder is None else None
         store = PixelStore(Path(own or folder or ""), precision)
         try:
-            for done, example in enumerate(examples.examples):
-                report("features", done, len(examples))
-                gather(store, [example], extractor, told["extractor"], side, pixels, fewest, seed)
-            report("features", len(examples), len(examples))
+            for done, example in enumerate(examples.examples, 1):
+                kept = gather(store, [example], extractor, told["extractor"], side, pixels, fewest, seed)
+                report("kept" if kept else "features", done, len(examples))
             lost = sorted(_occurring(examples) - set(store.classes.tolist()))
             if lost:
                 warnings.warn(
@@ -236,9 +241,10 @@ class FewShot:
 
 
 def differences(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[str]:
-    """Names of the settings that differ between two descriptions; the number format may."""
+    """Names of the settings that differ between two descriptions; the number format may, and with it the digest of weights."""
     one, two = (json.loads(json.dumps(dict(given), default=str)) for given in (one, two))
-    return [name for name in {**one, **two} if name != "dtype" and one.get(name) != two.get(name)]
+    may = ("dtype",) if one.get("dtype") == two.get("dtype") else ("dtype", "weights")
+    return [name for name in {**one, **two} if name not in may and one.get(name) != two.get(name)]
 
 
 def _occurring(examples: Examples) -> set[int]:

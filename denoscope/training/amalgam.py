@@ -74,7 +74,7 @@ class AmalgamConfig:
             )
         if not all(-math.inf < gamma < math.inf for gamma in (self.gamma1, self.gamma2)):
             raise InputError("gamma1 and gamma2 must be finite numbers.")
-        check_kinds(self.weights, self.head)
+        check_kinds(self.weights, self.head, self.count)
         if self.official and (self.gamma1 or self.gamma2):
             raise InputError("The official loss has no use for gamma1 and gamma2; leave them out.")
 

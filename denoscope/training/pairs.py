@@ -12,7 +12,7 @@ from denoscope.benchmarks.pck import Pair
 from denoscope.benchmarks.protocol import Item
 from denoscope.benchmarks.running import spread
 from denoscope.benchmarks.semantic import Semantic
-from denoscope.errors import InputError
+from denoscope.errors import InputError, counted
 
 
 def split_pairs(items: Sequence[Item], share: float = 0.3, seed: int = 0) -> tuple[list[Item], list[Item]]:
@@ -30,8 +30,8 @@ def split_pairs(items: Sequence[Item], share: float = 0.3, seed: int = 0) -> tup
     train, validation = ([item for item, n in zip(items, inside, strict=True) if n == whole] for whole in (0, 2))
     if not train or not validation:
         raise InputError(
-            f"{len(items)} pairs of {len(photos)} photos cannot be divided so that training and validation share no photo; "
-            "give validation pairs of their own."
+            f"{counted(len(items), 'pair')} of {counted(len(photos), 'photo')} cannot be divided so that "
+            "training and validation share no photo; give validation pairs of their own."
         )
     return train, validation
 

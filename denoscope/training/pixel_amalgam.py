@@ -58,7 +58,7 @@ class PixelAmalgamConfig:
             raise InputError("steps and every must be at least 1, and batch at least 2.")
         if not 0 < self.lr < math.inf:
             raise InputError(f"lr is {self.lr:g}; it must be a number above 0, e.g. 0.001.")
-        check_kinds(self.weights)
+        check_kinds(self.weights, count=self.count)
         if self.official and (self.gamma1 or self.gamma2):
             raise InputError("The official loss has no use for gamma1 and gamma2; leave them out.")
 
