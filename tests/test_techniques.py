@@ -281,7 +281,7 @@ def test_contradictions_are_named(published):
         ({"second_t": 1000}, "Timestep 1000"),
         ({"guidance": "three"}, "guidance is a number"),
         ({"seed": True}, "seed is a whole number"),
-        ({"control": {"model": "x", "scale": "big"}}, "control: scale is a number"),
+        ({"control": {"model": "x", "scale": "big"}}, "Control: scale is a number"),
         ({"control": "x@big"}, "scale 'big'"),
         ({"lora": "x@nan"}, "finite number"),
     ]

@@ -21,6 +21,7 @@ from denoscope.images import Picture, read
 from denoscope.images.picture import IMAGE_SUFFIXES, Resample
 
 _KINDS: dict[tuple[type, ...], tuple[str, tuple[str, ...]]] = {
+    (str, nn.Module): ("a folder, hub id or network", ("model",)),
     (str,): ("text", ("path", "image")),
     (int, float): ("a number", ("scale", "low", "high")),
 }
@@ -53,7 +54,6 @@ class Control:
     high: int | float = 200
 
     def __post_init__(self) -> None:
-        check_kinds(vars(self), {(str, nn.Module): ("a folder, hub id or network", ("model",)), **_KINDS}, "control: ")
         if self.scale < 0 or not self.scale < float("inf"):
             raise InputError(f"The scale of a ControlNet is a number from 0, not {self.scale}.")
 
@@ -71,7 +71,6 @@ class Lora:
     scale: int | float = 1.0
 
     def __post_init__(self) -> None:
-        check_kinds(vars(self), _KINDS, "lora: ")
         if not abs(self.scale) < float("inf"):
             raise InputError(f"The scale of a LoRA is a finite number, not {self.scale}.")
 
@@ -110,6 +109,7 @@ def _one(given: Any, kind: type, main: str) -> Any:
         known = [field.name for field in fields(kind)]
         if unknown := sorted(set(given) - set(known)):
             raise InputError(f"A table for {kind.__name__} has {', '.join(known)}, not {unknown[0]!r}.")
+        check_kinds(given, _KINDS, f"{kind.__name__}: ")
         return kind(**given)
     if kind is Control and isinstance(given, nn.Module):
         return Control(given)
