@@ -205,7 +205,10 @@ def test_ctrl_c_leaves_nothing_half_done(tmp_path):
         stderr=subprocess.PIPE,
         env={**os.environ, "COLUMNS": "200"},
     )
-    time.sleep(8)
+    until = time.monotonic() + 60
+    while not out.is_dir() and time.monotonic() < until:  # made when the options have been read, before any long work
+        time.sleep(0.2)
+    time.sleep(5)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err

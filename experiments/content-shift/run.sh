@@ -12,7 +12,7 @@ python "$HERE/evidence.py" camvid --data "$DATA"
 LANDMARKS=36,39,42,45,30,31,35,48,54,51,57,8,0,16,4,12,17,21,22,26
 GRID=(--t 0,20,101,261 --sites up.0,up.1,up.1.resnet.1,up.0+up.1,up.2 --exhaustive)
 denoscope tune seedling --pairs "$DATA/birds/dev.parquet" --set jitter=true --set pairs_drawn=60 --holdout 0.5 --ensembles 1,4 \
-    --techniques "$HERE/techniques_birds.toml" --budget 1200 "${GRID[@]}" --out $OUT/tune-birds.toml
+    --techniques "$HERE/techniques_birds.toml" --budget 3000 "${GRID[@]}" --out $OUT/tune-birds.toml
 denoscope tune seedling --pairs "$DATA/faces/dev.parquet" --set jitter=true --set points=$LANDMARKS --set pairs_drawn=60 --holdout 0.5 \
-    --ensembles 1,4 --techniques "$HERE/techniques_faces.toml" --budget 1200 "${GRID[@]}" --out $OUT/tune-faces.toml
+    --ensembles 1,4 --techniques "$HERE/techniques_faces.toml" --budget 3000 "${GRID[@]}" --out $OUT/tune-faces.toml
 python "$HERE/evidence.py" report
