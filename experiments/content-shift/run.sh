@@ -15,4 +15,7 @@ denoscope tune seedling --pairs "$DATA/birds/dev.parquet" --set jitter=true --se
     --techniques "$HERE/techniques_birds.toml" --budget 3000 "${GRID[@]}" --out $OUT/tune-birds.toml
 denoscope tune seedling --pairs "$DATA/faces/dev.parquet" --set jitter=true --set points=$LANDMARKS --set pairs_drawn=60 --holdout 0.5 \
     --ensembles 1,4 --techniques "$HERE/techniques_faces.toml" --budget 3000 "${GRID[@]}" --out $OUT/tune-faces.toml
+denoscope bench camvid --data "$DATA/camvid" --set runs=1 --set shots=5 --baselines --out $OUT/camvid-baselines
+denoscope train amalgam --pairs "$DATA/faces/train.parquet" --techniques "$HERE/techniques_faces.toml" --t 20 --site up.1 --size long64 \
+    --ensemble 1 --head nn --limit 120 --steps 300 --every 50 --out $OUT/amalgam-learned.safetensors
 python "$HERE/evidence.py" report
