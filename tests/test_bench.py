@@ -390,3 +390,17 @@ def test_features_of_a_model_that_was_trained_on_are_made_again(tmp_path):
     with torch.no_grad():
         unet.conv_in.weight.add_(1e-3)
     assert made() == 2
+
+
+def test_records_of_a_corrected_file_are_made_anew(tmp_path):
+    from denoscope.benchmarks.pairs import Pairs
+    from denoscope.benchmarks.running import options_of
+
+    path = tmp_path / "pairs.json"
+    told = []
+    for points in ([[1, 1]], [[2, 1]], [[1, 1]]):
+        pair = {"source": "a.png", "target": "b.png", "source_points": points, "target_points": points}
+        path.write_text(json.dumps([pair]))
+        told.append(options_of(Pairs(path)))
+    assert told[0] != told[1]
+    assert told[0] == told[2]

@@ -1,5 +1,6 @@
 """Techniques of content-shift suppression: parity with the published extractor, and what composing them must leave alone."""
 
+import copy
 import json
 import shutil
 
@@ -150,6 +151,22 @@ def test_what_techniques_are_made_of(published, edges):
     assert relative(values(img2img=0.3), plain) > 1e-2
     twice = values(control=[edges, edges])
     assert relative(twice, values(control=ds.Control(edges, scale=2.0))) < 1e-5  # residuals are summed
+
+
+def test_pooling_controls_leave_the_unconditional_features_alone(published, edges):
+    """As in diffusers' pipelines and in our sampler."""
+    pooling = copy.deepcopy(edges)
+    pooling.register_to_config(global_pool_conditions=True)
+    base = {"t": 50, "site": "up.1", "size": "64", "ensemble": 1, "prompt": "a cat", "guidance": 0.0}
+    recipes = {"none": {}, "edges": {"control": edges}, "pooling": {"control": pooling}}
+    found = feature_sets(
+        published,
+        ds.read(PUBLISHED / "im0.png"),
+        {name: recipe(published, **base, **one) for name, one in recipes.items()},
+    )
+    none, both, pooled = (found[name]["up.1"].values for name in recipes)
+    assert relative(pooled, none) < 1e-6
+    assert relative(both, none) > 1e-3
 
 
 def test_short_denoising_takes_the_passes_it_says(published, edges):

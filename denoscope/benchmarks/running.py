@@ -124,10 +124,13 @@ def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
 
 
 def options_of(benchmark: Benchmark) -> dict[str, Any]:
-    """The protocol's own settings, as JSON values."""
+    """The protocol's own settings, as JSON values; of a data set in one file its digest too, since it may be corrected."""
     if not is_dataclass(benchmark):
         return {}
-    return json.loads(json.dumps(asdict(benchmark), default=str))
+    told = json.loads(json.dumps(asdict(benchmark), default=str))
+    if (file := Path(str(told.get("root", "")))).is_file():
+        told["digest"] = hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
+    return told
 
 
 def evaluate(

@@ -37,6 +37,7 @@ from denoscope.features.sets import Reading, expand, readings
 from denoscope.features.technique import shown
 from denoscope.features.weights import versions, weights_digest
 from denoscope.images import Frame, Picture
+from denoscope.sampling.sampler import pools
 from denoscope.sites import Watch
 
 __all__ = [
@@ -313,7 +314,8 @@ class _Work:
             )
         if given:
             condition = replace(condition, controls=tuple(given))
-            unconditional = unconditional and replace(unconditional, controls=tuple(given))
+            away = tuple(one for one in given if not pools(one))  # as in sampling
+            unconditional = unconditional and replace(unconditional, controls=away)
         times = tuple(
             dict.fromkeys(effective(denoiser, chosen, t) for t in (chosen.t, chosen.second_t) if t is not None)
         )

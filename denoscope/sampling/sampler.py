@@ -154,7 +154,7 @@ def trajectory(
         assert guidance is not None
         second = guidance.network or denoiser
         # networks that pool what they are shown act on the conditional prediction alone, as in the pipelines
-        both = [shown for shown in control if not _pooling(shown)]
+        both = [shown for shown in control if not pools(shown)]
         away = condition if guidance.same_condition else _controlled(_unconditional(second, negative, n), both, n)
     from_noise = known is None or (mask is not None and strength == 1)
     x = taken.start(first) if from_noise else taken.start(first, known)
@@ -261,7 +261,8 @@ def _controlled(condition: Condition, control: Sequence[ControlInput], n: int) -
     return replace(condition, controls=tuple(shown.expand(n) for shown in control))
 
 
-def _pooling(shown: ControlInput) -> bool:
+def pools(shown: ControlInput) -> bool:
+    """Whether a ControlNet pools what it is shown; such ones act on the conditional prediction alone."""
     config: Any = shown.network.config
     return bool(config.get("global_pool_conditions"))
 
