@@ -126,7 +126,7 @@ def one_by_one(denoiser: Any, picture: ds.Picture, recipes: Mapping[str, Recipe]
         if one.denoise_from is None:
             noisy = denoiser.schedule.add_noise(x0, eps.to(x0), t)
         else:
-            noisy = denoised(denoiser, x0, eps.to(x0), one, one.prompt, given)
+            noisy = denoised(denoiser, x0, eps.to(x0), one, [one.prompt], given, [0])
         sites = readings(denoiser, expand(denoiser, one.site))
         watched = list(dict.fromkeys(name for reading in sites for name in reading.watch))
         with torch.no_grad(), ds.Watch(denoiser, watched, stop=False) as seen:

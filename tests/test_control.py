@@ -290,8 +290,7 @@ def test_any_aspect_ratio(size: tuple[int, int], models: Models) -> None:
     _, denoiser, nets = models("sd")
     shown = control_input(denoiser, load_control(nets[0], denoiser), smooth_picture(1, 90, 50), size)
     latents = denoiser.encode(smooth_picture(0).resized(size)[None])
-    assert shown.image.shape[2:] == (8 * latents.shape[2], 8 * latents.shape[3])
-    assert 0 <= shown.image.min() < shown.image.max() <= 1
+    assert shown.image.shape[2:] == latents.shape[2:]
     with torch.no_grad():
         assert (
             relative(denoiser.output(latents, 1, told(denoiser, shown)), denoiser.output(latents, 1, told(denoiser)))
@@ -299,14 +298,31 @@ def test_any_aspect_ratio(size: tuple[int, int], models: Models) -> None:
         )
 
 
+@pytest.mark.parametrize("order", ["rgb", "bgr"])
+def test_the_picture_is_embedded_once(models: Models, order: str) -> None:
+    """As if the network embedded its pixels in every pass; where it turns their channels around, it does."""
+    pipe, denoiser, _ = models("sd")
+    options = {"conditioning_embedding_out_channels": (4, 8, 8, 8), "controlnet_conditioning_channel_order": order}
+    net = shaken(df.ControlNetModel.from_unet(pipe.unet, **options), 6)
+    picture, passes = smooth_picture(1, 64, 64), []
+    net.controlnet_cond_embedding.register_forward_hook(lambda *_: passes.append(1))
+    shown = control_input(denoiser, load_control(net, denoiser), picture, (64, 64))
+    found = [output(denoiser, told(denoiser, shown), t=t) for t in (1, 261)]
+    assert len(passes) == (1 if order == "rgb" else 2)
+    pixels = ControlInput(net, picture.pixels[None], torch.ones(1))
+    for t, one in zip((1, 261), found, strict=True):
+        assert relative(one, output(denoiser, told(denoiser, pixels), t=t)) < 1e-6
+        assert relative(one, output(denoiser, told(denoiser), t=t)) > 1e-4
+
+
 @pytest.mark.parametrize("steps", [0, 2])
 def test_pixel_space(seedling: Any, steps: int) -> None:
-    """The picture has the size of the latents times the ratio of the network's own embedding."""
+    """The picture's size is such that the network's own embedding shrinks it to that of the latents."""
     widths = (4,) * (steps + 1)
     torch.manual_seed(0)
     net = shaken(df.ControlNetModel.from_unet(seedling.network, conditioning_embedding_out_channels=widths))
     shown = control_input(seedling, load_control(net, seedling), edges(48, 32), (48, 32))
-    assert shown.image.shape == (1, 3, 32 * 2**steps, 48 * 2**steps)
+    assert shown.image.shape[2:] == (32, 48)
     with_edges, without = (output(seedling, told(seedling, *c), size=(48, 32)) for c in ([shown], []))
     assert relative(with_edges, without) > 1e-4
 

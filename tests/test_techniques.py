@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from conftest import GOLDEN, relative, smooth_picture
-from diffusers import ControlNetModel, EulerDiscreteScheduler
+from diffusers import ControlNetModel, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -175,6 +175,33 @@ def test_short_denoising_takes_the_passes_it_says(published, edges):
     feature_sets(published, ds.read(PUBLISHED / "im0.png"), {"": chosen})
     handle.remove()
     assert seen == [2] * 11  # 60, 59, ..., 51, and the reading at 50
+
+
+@pytest.mark.parametrize("sampling", [{"denoise_from": 56}, {"img2img": 0.04}])
+def test_techniques_that_sample_share_their_passes_and_change_nothing(published, edges, sampling, tmp_path):
+    """Also with a scheduler that draws noise in every step."""
+    shutil.copytree(PUBLISHED / "pipeline", tmp_path / "noisy")
+    scheduler = EulerAncestralDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    scheduler.save_pretrained(tmp_path / "noisy" / "scheduler")
+    index = tmp_path / "noisy" / "model_index.json"
+    index.write_text(index.read_text().replace("PNDMScheduler", "EulerAncestralDiscreteScheduler"))
+    denoiser, picture = ds.load(tmp_path / "noisy", device="cpu"), ds.read(PUBLISHED / "im0.png")
+    base = {"t": 50, "site": "up.1", "size": "64", "ensemble": 2, "timestep_mode": "gdf", "control": edges, **sampling}
+    techniques = {
+        "": {},
+        "seed": {"seed": 1},
+        "words": {"prompt": "a cat on a mat"},
+        "half": {"control": ds.Control(edges, scale=0.5)},
+    }
+    base["prompt"] = "a cat"
+    recipes = {name: recipe(denoiser, **{**base, **one}) for name, one in techniques.items()}
+    seen, handle = calls(denoiser)
+    together = feature_sets(denoiser, picture, recipes)
+    handle.remove()
+    assert set(seen) == {2 * len(recipes)} and len(seen) > 2
+    for name, one in recipes.items():
+        alone = feature_sets(denoiser, picture, {name: one})[name]
+        assert relative(together[name]["up.1"].values, alone["up.1"].values) < 1e-5
 
 
 def test_long_prompts_can_be_guided(published):

@@ -94,9 +94,10 @@ def control_input(
 ) -> ControlInput:
     """What a ControlNet is shown while the denoiser looks at a picture of (width, height) pixels; one row.
 
-    image: [3, H, W] in [0, 1], resized if it has another size. Stable Diffusion's ControlNets take pixels, as many as their own
-    embedding shrinks to the size of the latents. Those of SD3 and Flux take latents, made here once: the mode of the
-    autoencoder's posterior, of which the pipelines draw a sample.
+    image: [3, H, W] in [0, 1], resized if it has another size. Stable Diffusion's ControlNets embed pixels, as many as their
+    embedding shrinks to the size of the latents; that needs neither latents nor timestep and is done here once, where the
+    pipelines repeat it in every pass. Those of SD3 and Flux take latents, also made here: the mode of the autoencoder's
+    posterior, of which the pipelines draw a sample.
     """
     if not float("-inf") < scale < float("inf"):
         raise InputError(f"The scale of a ControlNet must be a finite number, not {scale}.")
@@ -107,6 +108,10 @@ def control_input(
         ratio = 2 ** (len(config.conditioning_embedding_out_channels) - 1)
         pixels = _at(picture, (max(1, width // denoiser.stride) * ratio, max(1, height // denoiser.stride) * ratio))
         shown = pixels[None]
+        if config.controlnet_conditioning_channel_order == "rgb":  # else the network turns channels around first
+            embed: Any = network.controlnet_cond_embedding
+            with torch.no_grad():
+                shown = embed(shown.to(embed.conv_in.weight))
     else:
         shown = _at(picture, width_height)[None] * 2 - 1
         if getattr(network, "input_hint_block", None) is None:

@@ -27,8 +27,8 @@ from denoscope.sites import Site
 class ControlInput:
     """A ControlNet and what it is shown, one row per sample; see `control.control_input`, which makes it.
 
-    image: as the network takes it: pixels in [0, 1] or [-1, 1], or latents. scale: what its residuals are multiplied by, on the
-    CPU; it does not run for rows of scale 0.
+    image: as the network takes it: pixels in [0, 1] or [-1, 1], latents, or what its own first layers made of pixels.
+    scale: what its residuals are multiplied by, on the CPU; it does not run for rows of scale 0.
     """
 
     network: nn.Module

@@ -3,7 +3,8 @@
 The families differ only in their parts: a VAE or none, a text encoder, class labels or nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,16 @@ from denoscope.denoisers.schedule import NoiseSchedule, Timestep
 from denoscope.denoisers.text import TextEncoder
 from denoscope.errors import InputError
 from denoscope.sites import Site, Skeleton, unet_sites
+
+
+@contextmanager
+def _embedded(network: Any) -> Iterator[None]:
+    """Inside, a ControlNet takes what its embedding made of the pixels before (`control_input`)."""
+    own, network.controlnet_cond_embedding = network.controlnet_cond_embedding, nn.Identity()
+    try:
+        yield
+    finally:
+        network.controlnet_cond_embedding = own
 
 
 class UNetDenoiser:
@@ -127,7 +138,8 @@ class UNetDenoiser:
 
         def run(network: Any, image: Tensor, rows: Any) -> list[Tensor]:
             told = of_rows({"timestep": t, "sample": noisy, **given}, rows, batch)
-            down, mid = network(controlnet_cond=image, return_dict=False, **told)
+            with _embedded(network) if image.shape[1] == network.conv_in.out_channels else nullcontext():
+                down, mid = network(controlnet_cond=image, return_dict=False, **told)
             return [*down, mid]
 
         found = summed(condition.controls, run)

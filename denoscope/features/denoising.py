@@ -44,13 +44,16 @@ def denoised(
     x0: Latents,
     eps: Latents,
     chosen: Recipe,
-    prompt: str | int | None,
+    prompts: Sequence[str | int | None],
     controls: Sequence[ControlInput],
+    seeds: Sequence[int],
 ) -> Latents:
     """Latents with the noise of `denoise_from`, denoised step by step down to t: what the network is fed there.
 
     "exact": every training timestep from denoise_from to t, by DDIM (flows: Euler). "gdf": as the published code, with the
     model's own scheduler. The paper: with more than about ten steps the shift comes back even under a ControlNet.
+
+    x0, eps, prompts (all None or none), controls, seeds (of the noise that some schedulers draw): a row for each member.
 
     Raises InputError when the start is too near for the published scheduler (PNDM takes its first step twice).
     """
@@ -75,7 +78,7 @@ def denoised(
             f"denoise_from={chosen.denoise_from} is too near to t = {chosen.t} for this scheduler, which takes its first step "
             "twice; start higher."
         )
-    run = _sampled(denoiser, x0, eps, chosen, prompt, controls, steps=steps, strength=strength, solver=solver)
+    run = _sampled(denoiser, x0, eps, chosen, prompts, controls, seeds, steps=steps, strength=strength, solver=solver)
     step = next(step for step in run if step.index == place - 1)
     return solver.noisy(step.after, last)
 
@@ -85,15 +88,16 @@ def repainted(
     x0: Latents,
     eps: Latents,
     chosen: Recipe,
-    prompt: str | int | None,
+    prompts: Sequence[str | int | None],
     controls: Sequence[ControlInput],
+    seeds: Sequence[int],
     steps: int = 50,
 ) -> Latents:
-    """Image-to-image: noise of the recipe's strength is added and all of it sampled away again."""
+    """Image-to-image: noise of the recipe's strength is added and all of it sampled away again. Arguments as of `denoised`."""
     assert chosen.img2img is not None
     steps = max(steps, int(2 / chosen.img2img))  # at least two steps are left
     latents = x0
-    run = _sampled(denoiser, x0, eps, chosen, prompt, controls, steps=steps, strength=float(chosen.img2img))
+    run = _sampled(denoiser, x0, eps, chosen, prompts, controls, seeds, steps=steps, strength=float(chosen.img2img))
     for step in run:
         latents = step.after
     return latents
@@ -104,20 +108,22 @@ def _sampled(
     x0: Tensor,
     eps: Tensor,
     chosen: Recipe,
-    prompt: Any,
+    prompts: Any,
     controls: Sequence[ControlInput],
+    seeds: Sequence[int],
     **settings: Any,
 ) -> Any:
-    n = x0.shape[0]
-    guided = None if chosen.guidance is None or prompt is None else ClassifierFree(float(chosen.guidance))
+    told = prompts[0] is not None
+    guided = None if chosen.guidance is None or not told else ClassifierFree(float(chosen.guidance))
     return trajectory(
         denoiser,
-        None if prompt is None else [prompt] * n,
+        prompts if told else None,
         start=x0,
         noise=eps[None],
-        control=[control.expand(n) for control in controls],
+        control=controls,
         guidance=guided,
-        batch=n,
+        seed=seeds,
+        batch=len(x0),
         together=chosen.long_prompts == "cut",  # a prompt in pieces is longer than the empty one
         **settings,
     )

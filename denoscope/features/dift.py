@@ -152,6 +152,16 @@ class _Row:
     condition: Condition
 
 
+@dataclass(eq=False)
+class _Start:
+    """Latents of a recipe's members, and the noise for them at a timestep."""
+
+    key: Any
+    t: int
+    x: Tensor
+    eps: Tensor | None
+
+
 @dataclass(frozen=True, eq=False)
 class _Plan:
     """A recipe, worked out for one picture. times: that are read, as the network is told them."""
@@ -177,32 +187,23 @@ class _Plan:
     def clean(self) -> bool:
         return all(noise is None for noise in self.draws.values())
 
-    def rows(self, key: Any, denoiser: Denoiser) -> Iterator[_Row]:
+    def rows(self, key: Any, noisy: Mapping[int, Tensor]) -> Iterator[_Row]:
+        """noisy: what the network is fed at every timestep, a row for each member."""
         s = self.recipe.guidance
         for t in self.times:
-            noisy = self._noisy(denoiser, t)
             for member in range(self.recipe.ensemble):
-                one = noisy[member : member + 1]
+                one = noisy[t][member : member + 1]
                 if s != 0:
                     yield _Row(key, t, member, 1.0 if s is None else float(s), one, self.condition)
                 if s is not None and s != 1:
                     assert self.unconditional is not None
                     yield _Row(key, t, member, 1 - float(s), one, self.unconditional)
 
-    def _noisy(self, denoiser: Denoiser, t: int) -> Tensor:
-        """What the network is fed at t, a row for each member."""
+    def start(self, t: int) -> tuple[Tensor, Tensor | None]:
+        """Clean latents, a row for each member, and the noise to be added to them at t."""
         n, noise = self.recipe.ensemble, self.draws[t]
-        if noise is None:
-            return self.posterior.mean.expand(n, *self.shape)
-        x = self.posterior.sample(noise.posterior).expand(n, *self.shape)
-        if noise.diffusion is None:
-            return x
-        eps = noise.diffusion.to(x)
-        if self.recipe.img2img is not None:
-            x = repainted(denoiser, x, eps, self.recipe, self.prompt, self.condition.controls)
-        if self.recipe.denoise_from is not None:
-            return denoised(denoiser, x, eps, self.recipe, self.prompt, self.condition.controls)
-        return denoiser.schedule.add_noise(x, eps, t)
+        x = self.posterior.sample(None if noise is None else noise.posterior).expand(n, *self.shape)
+        return x, None if noise is None or noise.diffusion is None else noise.diffusion.to(x)
 
     def finish(self, work: "_Work", site: str, values: Mapping[int, Values]) -> tuple[Tensor, dict[str, Any]]:
         """The features of a site from its activations at every timestep, and what was done to them."""
@@ -283,11 +284,55 @@ class _Work:
                     stack.enter_context(long_prompts(self.denoiser))
                 batches: dict[Any, list[_Row]] = defaultdict(list)
                 for key in keys:
-                    plan = self.plans[key] = self._plan(self.recipes[key])
+                    self.plans[key] = self._plan(self.recipes[key])
+                noisy = self._noised(keys, chunk)
+                for key in keys:
+                    plan = self.plans[key]
                     alike = (plan.shape, tuple(plan.sites), _length(plan.condition))
-                    batches[alike] += plan.rows(key, self.denoiser)
+                    batches[alike] += plan.rows(key, noisy[key])
                 for (shape, *_), rows in batches.items():
                     yield from self._read(rows, chunk or _rows_at_once(self.denoiser, shape))
+
+    def _noised(self, keys: Sequence[Any], chunk: int | None) -> dict[Any, dict[int, Tensor]]:
+        """What the network is fed for every recipe at every timestep, a row for each member."""
+        starts = [_Start(key, t, *self.plans[key].start(t)) for key in keys for t in self.plans[key].times]
+        self._sample(repainted, "img2img", starts, chunk)
+        self._sample(denoised, "denoise_from", starts, chunk)
+        found: dict[Any, dict[int, Tensor]] = defaultdict(dict)
+        for one in starts:
+            noisy = one.x
+            if one.eps is not None and self.plans[one.key].recipe.denoise_from is None:
+                noisy = self.denoiser.schedule.add_noise(one.x, one.eps, one.t)
+            found[one.key][one.t] = noisy
+        return found
+
+    def _sample(
+        self, sampling: Callable[..., Tensor], setting: str, starts: Sequence["_Start"], chunk: int | None
+    ) -> None:
+        """Sample from the starts whose recipes have a setting; those that differ in nothing but what the network is told
+        share their passes."""
+        groups: dict[Any, list[_Start]] = defaultdict(list)
+        for one in starts:
+            plan, chosen = self.plans[one.key], self.plans[one.key].recipe
+            if getattr(chosen, setting) is not None and one.eps is not None:
+                alike = (chosen.t, chosen.img2img, chosen.denoise_from, chosen.guidance, chosen.timestep_mode)
+                groups[alike, plan.shape, _length(plan.condition), plan.prompt is None].append(one)
+        for group in groups.values():
+            plans = [self.plans[one.key] for one in group]
+            counts = [len(one.x) for one in group]
+            told = Condition.stack([plan.condition.expand(n) for plan, n in zip(plans, counts, strict=True)])
+            prompts = [plan.prompt for plan, n in zip(plans, counts, strict=True) for _ in range(n)]
+            seeds = [member for n in counts for member in range(n)]  # of schedulers that draw noise themselves
+            x, eps = torch.cat([one.x for one in group]), torch.cat([one.eps for one in group if one.eps is not None])
+            limit, made = chunk or _rows_at_once(self.denoiser, plans[0].shape), []
+            for k in range(0, len(x), limit):
+                rows = slice(k, k + limit)
+                controls = [control.rows(rows) for control in told.controls]
+                made.append(
+                    sampling(self.denoiser, x[rows], eps[rows], plans[0].recipe, prompts[rows], controls, seeds[rows])
+                )
+            for one, latents in zip(group, torch.cat(made).split(counts), strict=True):
+                one.x = latents
 
     def _plan(self, chosen: Recipe) -> _Plan:
         denoiser, picture = self.denoiser, self.picture
