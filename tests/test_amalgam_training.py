@@ -1,12 +1,16 @@
 """The amalgam of a model's techniques, training its weights on pairs and on pixels, and the command line."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import smooth_picture
+from conftest import GOLDEN, smooth_picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -19,12 +23,13 @@ from denoscope.correspondence import transfer
 from denoscope.errors import InputError
 from denoscope.features import Dift, Extractor, Joint, load_extractor, recipe
 from denoscope.features.amalgam import Amalgam
-from denoscope.features.amalgamation import amalgamate, read_assigners
+from denoscope.features.amalgamation import Assigners, amalgamate, read_assigners
 from denoscope.features.fusing import Joined
 from denoscope.features.joint import takes_prompts
 from denoscope.images import Frame
 from denoscope.segmentation import Examples
 from denoscope.training.amalgam import AmalgamConfig, cells_of, info_nce, maps_of, train_amalgam
+from denoscope.training.checkpoint import Checkpoint
 from denoscope.training.pairs import read_training_pairs, split_pairs
 from denoscope.training.pixel_amalgam import PixelAmalgamConfig, split_examples, train_pixel_amalgam
 
@@ -232,6 +237,38 @@ def test_a_stopped_training_ends_as_one_that_was_not(sd, folder, tmp_path, offic
         go("cut.safetensors")
 
 
+@pytest.mark.parametrize("killed", [5, 6])
+def test_a_training_goes_on_between_looks_too(sd, folder, tmp_path, killed) -> None:
+    """With a checkpoint after every step; the mean loss of a look counts the steps before the stop."""
+    extractor = Amalgam(tiny(sd), TECHNIQUES)
+    data, items = pair_items(folder)
+    told, config = [], AmalgamConfig(steps=7, every=4)
+
+    def go(name: str, **options):
+        out = tmp_path / f"{name}.safetensors"
+        return train_amalgam(extractor, data, items[:3], items[3:], out, folder / "f", config=config, **options)
+
+    def stop(step: int, loss: float, seconds: float) -> None:
+        if step == killed:
+            raise KeyboardInterrupt
+
+    whole = go("whole")
+    checkpoint = Checkpoint(tmp_path / "cut.safetensors", told.append, seconds=0)
+    with pytest.raises(KeyboardInterrupt):
+        go("cut", report=stop, checkpoint=checkpoint)
+    cut = go("cut", checkpoint=checkpoint)
+    assert told == [killed - 1]
+    assert cut.looks == whole.looks
+    one, other = (read_assigners(made.path).state_dict() for made in (whole, cut))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert checkpoint.path.is_file()  # until whoever gave it removes it: what follows may be stopped too
+    again = go("cut", checkpoint=checkpoint)
+    assert (told, again.looks) == ([killed - 1, 7], whole.looks)
+    checkpoint.remove()
+    with pytest.raises(InputError, match="already there"):
+        go("cut", checkpoint=checkpoint)
+
+
 def test_a_checkpoint_of_another_training_is_not_taken(sd, folder, tmp_path) -> None:
     extractor = Amalgam(tiny(sd), TECHNIQUES)
     data, items = pair_items(folder)
@@ -257,8 +294,17 @@ def test_a_checkpoint_of_another_training_is_not_taken(sd, folder, tmp_path) -> 
         go(0, report=stop)
     with pytest.raises(InputError, match="other settings"):
         go(1)
+    moved = json.loads((folder / "pairs.json").read_text())
+    moved[0]["source_points"][0][0] += 1  # a correction of the pairs counts too
+    (tmp_path / "moved.json").write_text(json.dumps(moved))
+    own, items = items, Pairs(tmp_path / "moved.json", pictures=str(folder), alphas=(0.1,), thresholds=("img",)).items()
+    assert [item.key for item in items] == [item.key for item in own]
+    with pytest.raises(InputError, match="other settings"):
+        go(0)
+    items = own
     (tmp_path / "w.checkpoint.pt").write_bytes(b"damaged")
-    go(1)
+    with pytest.warns(UserWarning, match="damaged; the training begins anew"):
+        go(1)
 
 
 def test_features_are_made_once(sd, folder, tmp_path) -> None:
@@ -349,6 +395,79 @@ def test_pixels_by_the_official_loss(sd, tmp_path) -> None:
         train_pixel_amalgam(extractor, *parts, tmp_path / "p.safetensors", tmp_path / "f")
     with pytest.raises(InputError, match="cannot be divided"):
         split_examples(replace(parts[0], examples=parts[0].examples[:1]))
+
+
+_PIXELS = """
+import os, signal, sys
+import denoscope as ds
+from pathlib import Path
+from denoscope.features import Dift, recipe
+from denoscope.features.amalgam import Amalgam
+from denoscope.segmentation import read_examples
+from denoscope.training.checkpoint import Checkpoint
+from denoscope.training.pixel_amalgam import PixelAmalgamConfig, split_examples, train_pixel_amalgam
+
+model, folder, out, official, killed = sys.argv[1:]
+sd = ds.load(model, device="cpu")
+base = Dift(sd, recipe(sd, t=50, site="up.1", ensemble=1, size=64))
+extractor = Amalgam(base, {"plain": {}, "later": {"t": 300}})
+config = PixelAmalgamConfig(steps=11, every=4, official=official == "yes")
+
+def report(step, loss, seconds):
+    print(step, flush=True)
+    if step == int(killed):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+train_pixel_amalgam(
+    extractor, *split_examples(read_examples(folder)), out, Path(out).with_name("f"), config=config, pixels=40, report=report,
+    checkpoint=Checkpoint(Path(out), lambda step: print("at", step), seconds=0),
+)
+"""
+
+
+@pytest.mark.parametrize("official", ["no", "yes"])
+def test_a_killed_training_of_pixels_ends_as_one_that_was_not(tmp_path, official) -> None:
+    for k, example in enumerate(scene_examples(3).examples):
+        example.read().image().save(tmp_path / f"{k}.png")
+        np.save(tmp_path / f"{k}.npy", example.labels)
+
+    def go(name: str, killed: int) -> tuple[int, list[str]]:
+        model = GOLDEN / "dift-sd" / "pipeline"
+        asked = [model, tmp_path, tmp_path / f"{name}.safetensors", official, killed]
+        command = [sys.executable, "-W", "ignore", "-c", _PIXELS, *map(str, asked)]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return done.returncode, done.stdout.split()
+
+    assert go("whole", 0) == (0, list(map(str, range(1, 12))))
+    assert go("cut", 6)[0] == -signal.SIGKILL
+    assert not (tmp_path / "cut.safetensors").exists()
+    assert go("cut", 0) == (0, ["at", "6", *map(str, range(7, 12))])
+    one, other = (read_assigners(tmp_path / f"{name}.safetensors") for name in ("whole", "cut"))
+    values = other.state_dict()
+    assert all(torch.equal(value, values[name]) for name, value in one.state_dict().items())
+    assert one.made["looks"] == other.made["looks"]
+
+
+def test_a_command_that_was_stopped_goes_on(run, folder, tmp_path, monkeypatch) -> None:
+    """Stopped after the report is written and before the weights are: neither is in the way of going on."""
+    asked = ["train", "amalgam", "--techniques", folder / "some.toml", "--out", tmp_path / "w.safetensors"]
+    asked += ["--size", "long48", "--ensemble", 1, "--pairs", folder / "pairs.json", "--steps", 2, "--every", 1]
+    asked += ["--seed", 1, "--head", "nn"]
+
+    def stopped(*_) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as inside:
+        inside.setattr(Assigners, "save", stopped)
+        status, _, wrong = run(*asked)
+    assert status
+    assert "train: stopped; the same command goes on from there." in wrong
+    assert (tmp_path / "w.json").exists()
+    assert not (tmp_path / "w.safetensors").exists()
+    status, said, wrong = run(*asked)
+    assert status == 0, wrong
+    assert f"Goes on at step 2, which {tmp_path / 'w.checkpoint.pt'} holds." in said
+    assert sorted(path.name for path in tmp_path.glob("w*")) == ["w-features", "w.json", "w.safetensors", "w.toml"]
 
 
 def test_command_trains_and_the_recipe_is_used_by_others(run, folder, tmp_path) -> None:

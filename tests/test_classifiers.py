@@ -24,6 +24,7 @@ from denoscope.denoisers.classifiers import (
     load_classifier,
     save_classifier,
 )
+from denoscope.training.checkpoint import Checkpoint
 from denoscope.training.classifier import accuracy, read_labelled, small_classifier, train_classifier
 
 TINY = ADMClassifierConfig(
@@ -399,6 +400,38 @@ def test_the_same_seed_makes_the_same_weights(schedule):
     assert not all(torch.equal(a[key], c[key]) for key in a)
 
 
+@pytest.mark.parametrize("noisy", [False, True])
+def test_a_stopped_training_ends_in_the_same_weights(schedule, tmp_path, noisy):
+    data, told, options = stripes(9, 0), [], {**QUICK, "steps": 7}
+    levels = schedule if noisy else None
+
+    def stop(step, loss, seconds):
+        if step == 5:
+            raise KeyboardInterrupt
+
+    checkpoint = Checkpoint(tmp_path / "c.safetensors", told.append, seconds=0)
+    with pytest.raises(KeyboardInterrupt):
+        train_classifier(*data, levels, TWO, report=stop, checkpoint=checkpoint, **options)
+    before = checkpoint.path.read_bytes()
+    pictures, labels = data
+    others = [{"lr": 3e-3}, {"steps": 8}, {"seed": 1}]
+    for other in others:
+        with pytest.raises(ds.InputError, match="c.checkpoint.pt is of a training with other settings"):
+            train_classifier(*data, levels, TWO, checkpoint=checkpoint, **{**options, **other})
+    for given in ((-pictures, labels, levels), (pictures, 1 - labels, levels), (*data, None if noisy else schedule)):
+        with pytest.raises(ds.InputError, match="other settings"):
+            train_classifier(*given, TWO, checkpoint=checkpoint, **options)
+    assert checkpoint.path.read_bytes() == before
+    assert told == []
+    cut = train_classifier(*data, levels, TWO, checkpoint=checkpoint, **options)
+    whole = train_classifier(*data, levels, TWO, **options)
+    assert told == [5]
+    one, other = cut.module.state_dict(), whole.module.state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in other)
+    checkpoint.remove()
+    assert not list(tmp_path.iterdir())
+
+
 def test_training_mistakes_are_named():
     images, labels = stripes(8, 0)
     for given, sentence in [
@@ -490,6 +523,7 @@ def test_the_command_line(folder, tmp_path, monkeypatch, capsys):
     ]
     status, said = run(folder, "--out", out, "--clean", *options)
     assert (status, "step 50/50" in said, "Accuracy on 4 held-out pictures: 1.000" in said) == (0, True, True)
+    assert sorted(path.name for path in out.parent.iterdir()) == ["c.json", "c.safetensors"]
     trained = load_classifier(out, device="cpu")
     assert (trained.names, trained.noise_aware) == (("standing", "lying"), False)
     assert accuracy(trained, *stripes(50, 3)[:1], 1 - stripes(50, 3)[1]) > 0.9

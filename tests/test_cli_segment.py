@@ -2,10 +2,17 @@
 
 import csv
 import json
+import shutil
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from conftest import GOLDEN
+from diffusers import ControlNetModel
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_few_shot import as_grey, saved_scene, scene
 
 QUICK = ("--model", "rgb", "--size", "64", "--voters", 2, "--epochs", 5)
@@ -125,6 +132,74 @@ def test_features_of_a_diffusion_model(run, folders):
     before = json.loads(kept.read_text())["key"]
     assert run(*asked, "--dtype", "bfloat16")[0] == 0  # other features, so that nothing of before is shown again
     assert json.loads(kept.read_text())["key"] != before
+
+
+@pytest.fixture
+def parts(folders, sd):
+    """What a classifier may read, in one folder: model, ControlNet, LoRA, captions and recipe."""
+    shutil.copytree(GOLDEN / "dift-sd" / "pipeline", folders / "sd")
+    torch.manual_seed(0)
+    network = ControlNetModel.from_unet(sd.unet)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    network.save_pretrained(folders / "edges")
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    out, into = sd.network.get_submodule(layer).weight.shape
+    pair = {f"unet.{layer}.lora_A.weight": torch.randn(2, into), f"unet.{layer}.lora_B.weight": torch.randn(out, 2)}
+    save_file(pair, folders / "lora.safetensors")
+    (folders / "words.json").write_text(json.dumps({f"{c}{k}": "a photo" for c in "ep" for k in range(6)}))
+    (folders / "recipe.toml").write_text(
+        'model = "sd"\namalgamate = "mean"\n[techniques.edges]\ncontrol = "edges@0.5"\n[techniques.style]\n'
+        'lora = [{ path = "lora.safetensors" }]\n'
+    )
+    return folders
+
+
+@pytest.mark.parametrize("how", ["options", "recipe", "join"])
+def test_a_classifier_is_used_from_another_folder(run, parts, monkeypatch, how):
+    """Trained with relative paths: of a model, ControlNet, LoRA, captions, recipe."""
+    features = {
+        "options": ("--model", "sd", "--feature", "control=edges@0.5", "--feature", "lora=lora.safetensors",
+                    "--prompt", "@words.json"),
+        "recipe": ("--recipe", "recipe.toml"),
+        "join": ("--model", "rgb", "--join", "sd@up.0@64"),
+    }[how]  # fmt: skip
+    asked = ("segment", "photos/p3.png", "--examples", "examples", "--out", "out", "--voters", 2, "--epochs", 1)
+    asked += ("--pixels", 50, "--size", "64", *(("--ensemble", 1) if how != "join" else ()), *features)
+    monkeypatch.chdir(parts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # pictures without edges
+        assert run(*asked)[0] == 0
+        (parts / "elsewhere").mkdir()
+        monkeypatch.chdir(parts / "elsewhere")
+        used = ("segment", "../photos/p3.png", "--classifier", "../out/classifier.safetensors", "--out", "found")
+        status, _, wrong = run(*used)
+        assert status == 0, wrong
+        one, two = (np.array(Image.open(where / "masks" / "p3.png")) for where in (parts / "out", Path("found")))
+        assert np.array_equal(one, two)
+
+        monkeypatch.chdir(parts)  # the same command again, spelt otherwise, trains nothing
+        again = [f"{parts}/{one}" if (parts / str(one)).is_dir() else one for one in asked]
+        status, said, _ = run(*again)
+        assert (status, "trained before" in said) == (0, True)
+
+        # what is not there is named, and what is there but another is not used
+        gone = {"options": "edges", "recipe": "lora.safetensors", "join": "sd"}[how]
+        shutil.move(parts / gone, parts / "gone")
+        status, _, wrong = run("segment", "photos", "--classifier", "out/classifier.safetensors", "--out", "b")
+        assert status == 2
+        assert wrong == (
+            f"Error: out/classifier.safetensors reads {parts / gone}, which is not there; put it back, or train the "
+            "classifier again.\n"
+        )
+        if how != "recipe":
+            shutil.move(parts / "gone", parts / gone)
+            weights = next((parts / gone).rglob("diffusion_pytorch_model.safetensors"))
+            save_file({k: v * 1.5 for k, v in load_file(weights).items()}, weights)
+            status, _, wrong = run("segment", "photos", "--classifier", "out/classifier.safetensors", "--out", "b")
+            assert status == 2
+            assert "was trained on other features" in wrong
 
 
 def test_mistakes_are_one_sentence(run, folders):

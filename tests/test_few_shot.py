@@ -19,6 +19,7 @@ from torch import nn
 import denoscope as ds
 from denoscope.features.amalgamation import ChannelAssigner, mixed, mixing_weights
 from denoscope.features.baselines import BASELINES
+from denoscope.features.recipes import absolute, missing, read_recipe, write_recipe
 from denoscope.images import Frame
 from denoscope.segmentation.ensemble import (
     PixelEnsemble,
@@ -30,6 +31,7 @@ from denoscope.segmentation.ensemble import (
     vote,
 )
 from denoscope.segmentation.examples import _check_edges
+from denoscope.segmentation.few_shot import differences
 from denoscope.segmentation.masks import Classes, overlay
 from denoscope.segmentation.pixels import PixelStore, chosen_pixels
 
@@ -309,6 +311,55 @@ def test_a_saved_classifier_is_the_same_and_knows_its_features(learned, tmp_path
         ds.FewShot.load(tmp_path / "none.safetensors")
     with pytest.raises(ds.InputError, match=r"saved as \.safetensors"):
         learned.save(tmp_path / "c.pt")
+
+
+def test_paths_in_settings(tmp_path, monkeypatch):
+    """Found from anywhere; what is no path, or names something embedded, stays as it is."""
+    for name in ("sd", "edges", "seedling", "deep", "shown", "a@b"):
+        (tmp_path / name).mkdir()
+    for name in ("style.safetensors", "unet.pt", "words.json", "how.safetensors"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    given = {
+        "model": "sd+unet.pt", "control": ["edges@0.5", {"model": "owner/name", "image": "shown"}, "a@b"],
+        "lora": {"path": "style.safetensors", "scale": 2}, "prompt": "@words.json", "join": ["sd@up.1", "seedling@mid", "rgb"],
+        "amalgamate": "how.safetensors", "techniques": {"a": {"prompt": "caption:sd", "t": 3}, "b": {"prompt": "sd"}}, "t": 5,
+    }  # fmt: skip
+    at = str(tmp_path)
+    found = absolute(given)
+    assert found == {
+        "model": f"{at}/sd+{at}/unet.pt", "control": [f"{at}/edges@0.5", {"model": "owner/name", "image": f"{at}/shown"},
+        f"{at}/a@b"], "lora": {"path": f"{at}/style.safetensors", "scale": 2}, "prompt": f"@{at}/words.json",
+        "join": [f"{at}/sd@up.1", "seedling@mid", "rgb"], "amalgamate": f"{at}/how.safetensors",
+        "techniques": {"a": {"prompt": f"caption:{at}/sd", "t": 3}, "b": {"prompt": "sd"}}, "t": 5,
+    }  # fmt: skip
+    assert absolute({"model": "seedling", "amalgamate": "mean"}) == {"model": "seedling", "amalgamate": "mean"}
+    recipe = write_recipe("deep/r.toml", "seedling", {"join": given["join"]})
+    assert 'join = ["../sd@up.1", "seedling@mid", "rgb"]' in recipe.read_text()
+    monkeypatch.chdir(tmp_path / "deep")
+    assert absolute(read_recipe("r.toml").settings)["join"] == found["join"]
+    assert missing(found) is None
+    for name in ("unet.pt", "shown", "style.safetensors", "words.json", "how.safetensors", "sd"):
+        (tmp_path / name).rename(tmp_path / "gone")
+        assert missing(found) == f"{at}/{name}"
+        (tmp_path / "gone").rename(tmp_path / name)
+
+
+def test_models_that_lie_elsewhere_are_the_same_by_their_weights():
+    one = {"model": "x/sd", "weights": "12", "dtype": "float32", "t": 5, "files": {"edges": "ab"}}
+    one["control"] = [{"model": "edges", "image": "canny"}]
+    two = {
+        **one,
+        "model": "/y/other",
+        "files": {"/z/edges": "ab"},
+        "control": [{"model": "/z/edges", "image": "canny"}],
+    }
+    assert differences(one, two) == []
+    assert differences(one, {**two, "weights": "13"}) == ["weights"]
+    assert differences(one, {**two, "files": {"/z/edges": "ac"}}) == ["files", "control"]
+    assert differences(one, {**two, "dtype": "float16", "weights": "13"}) == ["model"]
+    assert differences(one, {**two, "dtype": "float16", "weights": "13", "model": "/y/sd"}) == []
+    assert differences({"model": "rgb", "stride": 8}, {"model": "sift", "stride": 8}) == ["model"]
 
 
 def test_a_stopped_training_keeps_the_features_of_its_examples(tmp_path):

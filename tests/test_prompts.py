@@ -2,8 +2,11 @@
 
 import json
 import os
+import shutil
 import warnings
+from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -15,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import denoscope as ds
 from denoscope.denoisers.text import TextEncoder, long_prompts
+from denoscope.features import recipe
 from denoscope.features.prompts import PROMPTS, captions, needs_picture, resolve
 from denoscope.images import write
 
@@ -212,15 +216,163 @@ def test_the_caption_is_the_models_own(captioner):
         assert resolve(f"caption:{captioner / 'plain'}", picture) == " ".join(words.split())
 
 
+def vision_encoder_decoder(folder):
+    """A tiny one with random weights, its files as those of vit-gpt2 on the hub."""
+    end, words = "<|endoftext|>", ["a", "photo", "of", "cat", "dog", "red", "blue", "the"]
+    words_model = Tokenizer(models.WordLevel({word: i for i, word in enumerate([end, *words])}, unk_token=end))
+    words_model.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=words_model, bos_token=end, eos_token=end, unk_token=end)
+    tokenizer.save_pretrained(folder)
+    encoder = tf.ViTConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    decoder = tf.GPT2Config(
+        vocab_size=9, n_embd=16, n_layer=1, n_head=2, n_positions=160, bos_token_id=0, eos_token_id=0
+    )
+    config = tf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        encoder, decoder, decoder_start_token_id=0, pad_token_id=0, eos_token_id=0
+    )
+    torch.manual_seed(0)
+    shaken(tf.VisionEncoderDecoderModel(config), 0.6).save_pretrained(folder)
+    tf.ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    file = folder / "preprocessor_config.json"
+    given = json.loads(file.read_text())
+    del given["image_processor_type"]
+    file.write_text(json.dumps({**given, "feature_extractor_type": "ViTFeatureExtractor"}))
+
+
+def shaken(model, much=0.3):
+    """So that it says something, and not the same of every picture."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(much * torch.randn(parameter.shape))
+    return model.eval()
+
+
+def kosmos(folder):
+    """A tiny Kosmos-2 with random weights that likes to mark phrases."""
+    names = [
+        "[PAD]",
+        "[UNK]",
+        *(f"image{i}" for i in range(64)),
+        "[CLS]",
+        "[SEP]",
+        "a",
+        "cat",
+        "red",
+        "An",
+        "image",
+        "of",
+    ]
+    words_model = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="[UNK]"))
+    words_model.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = tf.PreTrainedTokenizerFast(
+        tokenizer_object=words_model, pad_token="[PAD]", unk_token="[UNK]", bos_token="[CLS]", eos_token="[SEP]"
+    )
+    side = {"height": 16, "width": 16}
+    images = tf.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=side)
+    tf.Kosmos2Processor(images, tokenizer, num_patch_index_tokens=4).save_pretrained(folder)
+    text = {"vocab_size": len(tokenizer), "max_position_embeddings": 512, "embed_dim": 16, "layers": 1, "ffn_dim": 16}
+    text |= {"attention_heads": 2, "pad_token_id": 0, "bos_token_id": 66, "eos_token_id": 67}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 16, "patch_size": 8}
+    torch.manual_seed(0)
+    config = tf.Kosmos2Config(text_config=text, vision_config=vision, latent_query_num=64)
+    shaken(tf.Kosmos2ForConditionalGeneration(config)).save_pretrained(folder)
+
+
+def test_an_encoder_with_a_decoder_writes_captions(tmp_path, capfd):
+    vision_encoder_decoder(tmp_path)
+    model: Any = tf.VisionEncoderDecoderModel.from_pretrained(tmp_path).eval()
+    capfd.readouterr()
+    said = set()
+    for seed in range(4):
+        picture = smooth_picture(seed)
+        text = resolve(f"caption:{tmp_path}", picture)
+        pixels = torch.from_numpy(np.array(picture.image().resize((16, 16), 2))).permute(2, 0, 1)[None] / 127.5 - 1
+        ids = [0]  # greedy, by hand
+        with torch.no_grad():
+            while len(ids) <= 128 and (len(ids) == 1 or ids[-1] != 0):
+                logits = model(pixel_values=pixels, decoder_input_ids=torch.tensor([ids])).logits
+                ids.append(int(logits[0, -1].argmax()))
+        words = [["", "a", "photo", "of", "cat", "dog", "red", "blue", "the"][i] for i in ids]
+        assert text == " ".join(words).strip()
+        said.add(text)
+    assert len(said) > 1
+    out = capfd.readouterr()
+    assert out.out == out.err == ""
+
+
+def test_kosmos_writes_captions_without_its_marks(tmp_path, capfd):
+    kosmos(tmp_path)
+    model: Any = tf.Kosmos2ForConditionalGeneration.from_pretrained(tmp_path).eval()
+    processor: Any = tf.AutoProcessor.from_pretrained(tmp_path)
+    capfd.readouterr()
+    for seed in (5, 6):
+        picture = smooth_picture(seed)
+        text = str(resolve(f"caption:{tmp_path}", picture))
+        given = processor(images=picture.image(), text="<grounding>An image of", return_tensors="pt")
+        with torch.no_grad():
+            ids = model.generate(**given, max_new_tokens=128, do_sample=False)
+        assert ids.shape[1] <= given["input_ids"].shape[1] + 128
+        whole = processor.batch_decode(ids, skip_special_tokens=True)[0]
+        assert "<grounding>" in whole
+        assert "<image>" in whole
+        assert text == " ".join(processor.post_process_generation(whole)[0].split())
+        assert text.startswith("An image of ")
+        assert "<" not in text
+    out = capfd.readouterr()
+    assert out.out == out.err == ""
+
+
 def test_models_that_write_no_captions(captioner, tmp_path):
     picture = smooth_picture(7)
     with pytest.raises(ds.MissingError, match="no captioning model 'nowhere'"):
         resolve("caption:nowhere", picture)
-    with pytest.raises(ds.DenoscopeError, match="could not be loaded"):
+    with pytest.raises(ds.MissingError, match=r"holds no config\.json"):
         resolve(f"caption:{tmp_path}", picture)
     tiny.clip().save_pretrained(tmp_path / "text")
-    with pytest.raises(ds.DenoscopeError, match="could not be loaded"):
+    with pytest.raises(ds.InputError, match=r"text \(clip_text_model\) writes no captions"):
         resolve(f"caption:{tmp_path / 'text'}", picture)
+    shutil.copytree(captioner / "plain", tmp_path / "torn")
+    (tmp_path / "torn" / "model.safetensors").unlink()
+    with pytest.raises(ds.DenoscopeError, match="could not be loaded"):
+        resolve(f"caption:{tmp_path / 'torn'}", picture)
+
+
+def test_what_is_wrong_for_every_picture_is_told_before_any(sd, captioner, tmp_path):
+    tiny.clip().save_pretrained(tmp_path / "text")
+    (tmp_path / "bad.json").write_text("[]")
+    for prompt, error, sentence in [
+        ("preset:horse", ds.InputError, "no prompt 'horse'"),
+        (f"@{tmp_path / 'none.json'}", ds.MissingError, "no file of captions"),
+        (f"@{tmp_path / 'bad.json'}", ds.InputError, "must hold one table"),
+        ("caption:nowhere", ds.MissingError, "no captioning model 'nowhere'"),
+        (f"caption:{tmp_path / 'none'}", ds.MissingError, "no captioning model"),
+        (f"caption:{tmp_path / 'text'}", ds.InputError, "writes no captions"),
+    ]:
+        for site in ("up.1", "up.0+up.1"):
+            with pytest.raises(error, match=sentence):
+                recipe(sd, site=site, prompt=prompt)
+    assert recipe(sd, prompt=f"caption:{captioner / 'plain'}").prompt == f"caption:{captioner / 'plain'}"
+
+
+@pytest.mark.parametrize("prompt", ["caption:none/of/these", "@none.json", "preset:none"])
+def test_a_wrong_prompt_is_one_error_before_any_work(run, pictures, tmp_path, prompt):
+    files = [picture.path for picture in pictures.values()]
+    for verb in ("features", "segment"):
+        out = tmp_path / verb
+        extra = ("--examples", tmp_path) if verb == "segment" else ()
+        if extra:
+            for k in range(2):
+                write(smooth_picture(k).image(), tmp_path / f"{k}.png")
+                np.save(tmp_path / f"{k}.npy", np.arange(72 * 56).reshape(56, 72) // 2016)
+        status, _, wrong = run(verb, *files, *extra, "--prompt", prompt, "--out", out)
+        assert status == 2
+        assert wrong.startswith("Error: There is no ")
+        assert wrong.count("Error") == wrong.count("There is no") == 1
+        assert "pictures failed" not in wrong
+        assert not [path for path in out.rglob("*") if path.is_file()]
 
 
 def pieces_by_hand(encoder, ids):

@@ -110,7 +110,7 @@ def segment(
             "side": 128 if side is None else side or None, "pixels": pixels, "fewest": 20 if fewest is None else fewest,
             "precision": "float16", "seed": seed,
         }  # fmt: skip
-        with resumable():
+        with options.resumable("segment"):
             trained = learned(out, extract, found, settings, source, told, device)
     else:
         assert classifier is not None
@@ -118,18 +118,8 @@ def segment(
         options.folder(out)
     legend(trained, out)
     if files:
-        with resumable():
+        with options.resumable("segment"):
             segmented(trained, files, out, finest)
-
-
-@contextmanager
-def resumable() -> Iterator[None]:
-    """A word about how to go on after Ctrl-C."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        Console(stderr=True).print("segment: stopped; the same command goes on from there.", highlight=False)
-        raise
 
 
 def pictures(given: Sequence[Path]) -> list[Path]:
@@ -156,13 +146,14 @@ def learned(
     """The classifier of the output folder if it was trained on the same, else a new one."""
     from denoscope.denoisers.loading import resolve_device
     from denoscope.segmentation import FewShot
+    from denoscope.segmentation.few_shot import placeless
 
     target = out / "classifier.safetensors"
     wanted = FewShot.told(extract, examples, **settings)
     if target.is_file():
         try:
             before = FewShot.load(target, extract)
-            if {name: before.recipe.get(name) for name in wanted} == wanted:
+            if placeless({name: before.recipe.get(name) for name in wanted}) == placeless(wanted):
                 print(f"Classifier: {target}, trained before")
                 return before
         except DenoscopeError:
@@ -173,7 +164,7 @@ def learned(
         found = FewShot.fit(
             extract, examples, **settings, folder=kept, device=where if where.type == "cuda" else "cpu", report=report
         )
-    found.save(target, str(Path(model).resolve()) if Path(model).exists() else model, told)
+    found.save(target, model, told)
     shutil.rmtree(kept, ignore_errors=True)
     amount = f"{found.recipe['labelled_pixels']:,} pixels of {counted(len(examples), 'example')}"
     print(f"Classifier: {target}, {len(examples.classes)} classes from {amount}")
@@ -225,8 +216,9 @@ def segmented(trained: Any, files: Sequence[Path], out: Path, finest: int) -> No
     import denoscope as ds
     from denoscope.benchmarks.running import fingerprint
     from denoscope.cli.features import _names
+    from denoscope.segmentation.few_shot import placeless
 
-    entries, failed, kept, reads = [], [], [], trained.extractor.describe()
+    entries, failed, kept, reads = [], [], [], placeless(trained.extractor.describe())
     for file, name in shown(list(zip(files, _names(list(files)), strict=True)), kept):
         try:
             picture = ds.read(file)

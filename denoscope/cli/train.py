@@ -37,7 +37,7 @@ def denoiser(
     from denoscope.training import read_denoiser_config, train_denoiser
 
     settings = read_denoiser_config(config)
-    with _progress(settings.steps) as report:
+    with options.resumable("train"), _progress(settings.steps) as report:
         model = train_denoiser(settings, out, data, device=device, mixed_precision=precision, report=report)
     print(f"Model: {model} (use it with --model {model})")
 
@@ -62,7 +62,10 @@ def classifier(
     seed: Annotated[int, typer.Option(help="Seed of weights, draws and noise.")] = 0,
     device: options.Device = "auto",
 ) -> None:
-    """Train a classifier that guides a model's samples, by the noise levels of --model, or (--clean) judges them."""
+    """Train a classifier that guides a model's samples, by the noise levels of --model, or (--clean) judges them.
+
+    A run that was stopped goes on when it is called again.
+    """
     import torch
 
     from denoscope.denoisers import load
@@ -80,10 +83,7 @@ def classifier(
         raise InputError(f"--lr is {lr:g}; it must be a number above 0, e.g. 0.001.")
     if not 0 <= seed < 1 << 62:
         raise InputError(f"--seed is {seed}; it must be a whole number from 0 to 2^62.")
-    options.file(out, "--out")
-    for there in (out, out.with_suffix(".json")):
-        if there.exists():
-            raise InputError(f"--out {out}: {there} is already there; choose another --out or delete it.")
+    checkpoint = _checkpoint(out, ".json")
     wanted = [name.strip() for name in (classes or "").split(",") if name.strip()]
     guided = None if clean else load(model, device="cpu")
     channels = 3 if guided is None else guided.latent_shape()[0]
@@ -97,12 +97,13 @@ def classifier(
     schedule = None if guided is None else guided.schedule
     config = small_classifier(size, len(names), width, depth, channels)
     held = torch.arange(len(labels)) % 10 == 9
-    with _progress(steps) as report:
+    with options.resumable("train"), _progress(steps) as report:
         trained = train_classifier(
             images[~held], labels[~held], schedule, config,
-            steps=steps, batch=batch, lr=lr, seed=seed, names=names, device=device, report=report,
+            steps=steps, batch=batch, lr=lr, seed=seed, names=names, device=device, report=report, checkpoint=checkpoint,
         )  # fmt: skip
     save_classifier(trained, out)
+    checkpoint.remove()
     if held.any():
         levels = [None] if schedule is None else [len(schedule) * quarter // 4 for quarter in range(4)]
         shares = [accuracy(trained, images[held], labels[held], schedule, t, seed=seed) for t in levels]
@@ -184,10 +185,7 @@ def amalgam(
         raise InputError(f"--seed is {seed}; it must be a whole number from 0 to 2^62.")
     if examples is not None and test is not None:
         raise InputError("--test is for pairs; measure weights of pixels with 'denoscope segment' or 'bench'.")
-    options.file(out, "--out")
-    for there in (out, out.with_suffix(".json"), out.with_suffix(".toml")):
-        if there.exists():
-            raise InputError(f"--out {out}: {there} is already there; choose another --out or delete it.")
+    checkpoint = _checkpoint(out, ".json", ".toml")
     wanted = read_techniques(techniques)
     rate = {} if lr is None else {"lr": lr}
     shared = {"steps": steps, "every": every, "weights": weights, "count": count, "gamma1": gamma1, "gamma2": gamma2}
@@ -209,7 +207,7 @@ def amalgam(
         config = AmalgamConfig(**shared, head=head)
         data, *lists = read_training_pairs(pairs, validation, test, images, limit, seed, official)
         chosen = extractor()
-        with _preparing() as prepared, _progress(steps) as report:
+        with options.resumable("train"), _preparing() as prepared, _progress(steps) as report:
             made = train_amalgam(
                 chosen,
                 data,
@@ -221,6 +219,7 @@ def amalgam(
                 config=config,
                 report=report,
                 prepared=prepared,
+                checkpoint=checkpoint,
             )
         _amalgam_table(made.columns, counted(len(lists[1]), "validation pair"), made.validation)
         if made.test:
@@ -235,14 +234,33 @@ def amalgam(
         labelled = read_examples(examples)
         parts = split_examples(labelled, seed=seed) if validation is None else (labelled, read_examples(validation))
         chosen = extractor()
-        with _preparing() as prepared, _progress(steps) as report:
-            told = train_pixel_amalgam(chosen, *parts, out, cache, config=config, report=report, prepared=prepared)
+        with options.resumable("train"), _preparing() as prepared, _progress(steps) as report:
+            told = train_pixel_amalgam(
+                chosen, *parts, out, cache, config=config, report=report, prepared=prepared, checkpoint=checkpoint
+            )
         right = max(look["right"] for look in told["looks"])
         shown = counted(len(parts[1]), "validation picture")
         print(f"{100 * right:.1f} % of the pixels of {shown} right, at step {told['best']}.")
     given = {name: one for name, one in settings.items() if name not in ("amalgamate", "techniques")}
     made_recipe = write_recipe(out.with_suffix(".toml"), source, given, {"trained": out.name}, out.name, wanted)
+    checkpoint.remove()
     print(f"Weights: {out} (use them with --recipe {made_recipe})")
+
+
+def _checkpoint(out: Path, *beside: str) -> Any:
+    """Where a training is kept until all its files are written. Raises InputError when they are there and it is finished."""
+    from denoscope.training.checkpoint import Checkpoint
+
+    options.file(out, "--out")
+
+    def resumed(step: int) -> None:
+        print(f"Goes on at step {step}, which {found.path} holds.")
+
+    found = Checkpoint(out, resumed)
+    for there in (out, *map(out.with_suffix, beside)):
+        if there.exists() and not found.path.exists():
+            raise InputError(f"--out {out}: {there} is already there; choose another --out or delete it.")
+    return found
 
 
 def _amalgam_verdict(column: str, best: int, rows: Mapping[str, Mapping[str, Any]], head: str) -> None:

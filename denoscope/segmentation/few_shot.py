@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from denoscope.errors import InputError, MissingError
 from denoscope.features import Extractor, FeatureMap, as_extractor, load_extractor
+from denoscope.features.recipes import absolute, missing
 from denoscope.images import Picture, atomically, read
 from denoscope.segmentation.ensemble import PixelEnsemble, classified, fit, uncertainty
 from denoscope.segmentation.examples import Example, Examples
@@ -186,17 +187,19 @@ class FewShot:
     def save(self, path: str | Path, model: str | None = None, settings: Mapping[str, Any] | None = None) -> Path:
         """Write the classifier to a .safetensors file.
 
-        model, settings: what `features.load_extractor` makes the extractor of, so that `load` can do without one.
+        model, settings: what `features.load_extractor` makes the extractor of, so that `load` can do without one. Of the files
+            and folders that they name the absolute paths are written, so that they are found from any working directory.
         """
         path = Path(path)
+        told = absolute({**(settings or {}), "model": model})
         if path.suffix != ".safetensors":
             raise InputError(f"Classifiers are saved as .safetensors, not {path.suffix or 'a file without suffix'}.")
         meta = {
             "format": _FORMAT,
             "classes": json.dumps(self.classes.to_dict()),
             "recipe": json.dumps(self.recipe, default=str),
-            "model": json.dumps(model),
-            "settings": json.dumps(dict(settings or {}), default=str),
+            "model": json.dumps(told.pop("model")),
+            "settings": json.dumps(told, default=str),
         }
         weights = {name: value.contiguous().cpu() for name, value in self.ensemble.weights.items()}
         return atomically(path, lambda beside: save_file(weights, beside, metadata=meta))
@@ -211,7 +214,8 @@ class FewShot:
     ) -> "FewShot":
         """Read what `save` wrote. extractor: the one that it was trained with; by default it is made again.
 
-        Raises MissingError, and InputError for other files and for an extractor that makes other features.
+        Raises MissingError when it or something that it reads is not there, and InputError for other files and for an extractor
+        that makes other features.
         """
         path = Path(path)
         if not path.is_file():
@@ -233,6 +237,10 @@ class FewShot:
         if extractor is None:
             if model is None:
                 raise InputError(f"{path} does not say which model it reads; give its extractor.")
+            if gone := missing({**settings, "model": model}):
+                raise MissingError(
+                    f"{path} reads {gone}, which is not there; put it back, or train the classifier again."
+                )
             extractor = load_extractor(model, device, dtype, **settings)
         changed = differences(recipe["extractor"], extractor.describe())
         if changed:
@@ -241,10 +249,35 @@ class FewShot:
 
 
 def differences(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[str]:
-    """Names of the settings that differ between two descriptions; the number format may, and with it the digest of weights."""
-    one, two = (json.loads(json.dumps(dict(given), default=str)) for given in (one, two))
-    may = ("dtype",) if one.get("dtype") == two.get("dtype") else ("dtype", "weights")
+    """Names of the settings that differ between two descriptions of extractors.
+
+    Files may lie elsewhere, and so may the model, if its weights are the same. The number format may differ, and with it the
+    digest of the weights: then the model goes by its name.
+    """
+    one, two = (placeless(json.loads(json.dumps(dict(given), default=str))) for given in (one, two))
+    same = "weights" in one and one.get("dtype") == two.get("dtype")
+    may = ("model",) if same else ("dtype", "weights") if one.get("dtype") != two.get("dtype") else ()
     return [name for name in {**one, **two} if name not in may and one.get(name) != two.get(name)]
+
+
+def placeless(told: Any, files: Mapping[str, str] | None = None) -> Any:
+    """A description of an extractor with the contents of files and folders in the place of their paths.
+
+    files: digests by path, as descriptions have them. A model goes by the last part of its name.
+    """
+    if isinstance(told, Mapping):
+        inner = {**(files or {}), **told.get("files", {})}
+        found = {name: placeless(value, inner) for name, value in told.items()}
+        if "files" in told:
+            found["files"] = sorted(told["files"].values())
+        model = isinstance(told.get("model"), str) and "image" not in told  # that of a ControlNet has an image
+        return {**found, "model": Path(told["model"]).name} if model else found
+    if isinstance(told, list):
+        return [placeless(one, files) for one in told]
+    if isinstance(told, str) and files:
+        start = next((start for start in ("@", "caption:") if told.startswith(start)), "")
+        return start + files.get(told.removeprefix(start), told.removeprefix(start))
+    return told
 
 
 def _occurring(examples: Examples) -> set[int]:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from denoscope.benchmarks.pck import Pair
 from denoscope.benchmarks.protocol import Item
-from denoscope.benchmarks.running import FeatureStore, fingerprint
+from denoscope.benchmarks.running import FeatureStore
 from denoscope.benchmarks.semantic import Semantic
 from denoscope.errors import InputError
 from denoscope.features import FeatureMap
@@ -40,6 +40,7 @@ from denoscope.features.amalgamation import (
     weight_norms,
 )
 from denoscope.images import Frame, Points, atomically
+from denoscope.training.checkpoint import Checkpoint
 
 SCALE = 1 / 0.07  # of the cosines, as CLIP begins; it is not learned
 _EPOCH = 5000  # pairs of an epoch of the released code, drawn anew for the next
@@ -147,6 +148,7 @@ def train_amalgam(
     prompt: str | None = None,
     report: Callable[[int, float, float], None] = lambda step, loss, seconds: None,
     prepared: Callable[[int, int], None] = lambda made, pictures: None,
+    checkpoint: Checkpoint | None = None,
 ) -> Trained:
     """Train assigners (and head) for point transfer and write the best on the validation pairs to `out`.
 
@@ -154,9 +156,10 @@ def train_amalgam(
     how PCK is measured; its first column decides what is best (where official its second, over all points). cache: folder of
     the pictures' maps, made once. prompt: with "{category}" in it, for the techniques that name none. report: called once a
     step with step, loss and seconds. prepared: called for every picture whose maps are there, with their number and all.
+    checkpoint: what a run that was stopped goes on from when it is called again; by default one beside `out`, removed at the
+    end (one that is given is for the caller to remove). It is written at every look, and between looks when it is time to.
 
-    A run that was stopped goes on from its last look when it is called again. The pair of step n and its dropout are functions
-    of (seed, n). Beside `out` lies a .json with everything measured.
+    The pair of step n and its dropout are functions of (seed, n). Beside `out` lies a .json with everything measured.
 
     Raises InputError for no pairs, a loss that is not finite, maps of different shapes, and an `out` made with other settings.
     """
@@ -166,19 +169,21 @@ def train_amalgam(
     if not train or not validation:
         raise InputError("Training needs at least one pair to learn from and one to validate with.")
     store = FeatureStore(Amalgam(extractor.base, extractor.techniques, "concat"), prompt, Path(cache))
-    run = _Run(
-        store, data, config, extractor.base.denoiser.device, [item.key for item in train], [i.key for i in validation]
-    )
-    if out.is_file():
+    run = _Run(store, data, config, extractor.base.denoiser.device)
+    kept = checkpoint or Checkpoint(out)
+    if out.is_file() and not kept.path.is_file():
         raise InputError(f"{out} is already there; choose another file or delete it.")
-    _prepare(store, data, [*train, *validation, *test], prepared)
+    pictures = _prepare(store, data, [*train, *validation, *test], prepared)
     run.begin(train[0])
-    run.resume(out)
+    own = {key: value for key, value in asdict(config).items() if key != "steps"}
+    pairs = [[[item.key, *_points(item.data)] for item in part] for part in (train, validation)]
+    if held := kept.resume([own, store.settings, pictures, pairs, list(data.columns)], config.steps, run.device):
+        run.restore(held)
     while run.step < config.steps:
         run.learn(train, report)
-        if run.step % config.every == 0 or run.step == config.steps:
+        if looked := run.step % config.every == 0 or run.step == config.steps:
             run.look(validation)
-            run.keep(out)
+        kept.keep(run.step, run.state, now=looked)
     run.network.load_state_dict(run.best)
     columns = list(data.columns)
     measured = {"validation": run.compare(validation), "test": run.compare(test) if test else {}}
@@ -195,37 +200,32 @@ def train_amalgam(
     text = json.dumps(told, indent=2, default=str) + "\n"
     atomically(out.with_suffix(".json"), lambda path: path.write_text(text))
     run.network.save(out)
-    _checkpoint(out).unlink(missing_ok=True)
+    if checkpoint is None:
+        kept.remove()
     return Trained(out, columns, run.best_step, run.looks, **measured)
 
 
-def _checkpoint(out: Path) -> Path:
-    return out.with_name(f"{out.stem}.checkpoint.pt")
+def _points(pair: Pair) -> list[Any]:
+    return [pair.source_points.tolist(), pair.target_points.tolist()]
 
 
-def _prepare(store: FeatureStore, data: Semantic, items: Sequence[Item], told: Callable[[int, int], None]) -> None:
-    """Every picture's maps, made and on disk."""
+def _prepare(store: FeatureStore, data: Semantic, items: Sequence[Item], told: Callable[[int, int], None]) -> list[int]:
+    """Every picture's maps, made and on disk; returns what names the pictures' pixels."""
     wanted = dict.fromkeys((name, item.category) for item in items for name in (item.data.source, item.data.target))
+    found = []
     for n, (name, category) in enumerate(wanted, 1):
-        maps_of(store(data.picture(name), category))
+        picture = data.picture(name)
+        maps_of(store(picture, category))
+        found.append(picture.digest)
         told(n, len(wanted))
+    return found
 
 
 class _Run:
     """The state of one training: what is learned, and how far it is."""
 
-    def __init__(
-        self,
-        store: FeatureStore,
-        data: Semantic,
-        config: AmalgamConfig,
-        device: torch.device,
-        train: Sequence[str],
-        validation: Sequence[str],
-    ):
+    def __init__(self, store: FeatureStore, data: Semantic, config: AmalgamConfig, device: torch.device):
         self.store, self.data, self.config, self.device = store, data, config, device
-        own = {key: value for key, value in asdict(config).items() if key != "steps"}
-        self.print = fingerprint([own, store.settings, list(train), list(validation), list(data.columns)])
         self.step, self.best_step, self.walk = 0, 0, SparsityWalk()
         self.looks: list[dict[str, Any]] = []
         self.losses: list[float] = []
@@ -340,31 +340,19 @@ class _Run:
         rows = {"trained": self._row(items, self.features), "mean": self._row(items, mean)}
         return rows | {name: self._row(items, single(k)) for k, name in enumerate(names)}
 
-    def keep(self, out: Path) -> None:
-        """Everything needed to go on from here, written beside and renamed."""
-        held = {
-            "print": self.print, "step": self.step, "best_step": self.best_step, "best": self.best,
-            "network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "looks": self.looks,
-            "walk": asdict(self.walk),
+    def state(self) -> dict[str, Any]:
+        """Everything needed to go on from here."""
+        return {
+            "best_step": self.best_step, "best": self.best, "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "looks": self.looks, "losses": self.losses, "walk": asdict(self.walk),
         }  # fmt: skip
-        atomically(_checkpoint(out), lambda path: torch.save(held, path))
 
-    def resume(self, out: Path) -> None:
-        """Go on from the checkpoint beside `out`, if there is one that can be read."""
-        path = _checkpoint(out)
-        if not path.is_file():
-            return
-        try:
-            held = torch.load(path, map_location=self.device, weights_only=True)
-            same = held["print"] == self.print
-        except Exception:  # damaged, whichever way: nothing is lost but time
-            return
-        if not same or held["step"] > self.config.steps:
-            raise InputError(f"{path} is of a training with other settings; choose another file or delete it.")
+    def restore(self, held: Mapping[str, Any]) -> None:
+        """Go on from what `state` told."""
         self.network.load_state_dict(held["network"])
         self.optimizer.load_state_dict(held["optimizer"])
         self.step, self.best_step, self.best = held["step"], held["best_step"], held["best"]
-        self.looks, self.walk = held["looks"], SparsityWalk(**held["walk"])
+        self.looks, self.losses, self.walk = held["looks"], held["losses"], SparsityWalk(**held["walk"])
 
 
 def _copied(network: nn.Module) -> dict[str, Tensor]:

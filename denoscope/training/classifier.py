@@ -3,7 +3,9 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,8 @@ from denoscope.denoisers.loading import resolve_device
 from denoscope.denoisers.noise import draw
 from denoscope.denoisers.schedule import NoiseSchedule
 from denoscope.errors import InputError, MissingError
+from denoscope.features.weights import tensor_digest
+from denoscope.training.checkpoint import Checkpoint
 from denoscope.training.data import decoded, labelled_rows, random_box
 
 
@@ -121,6 +125,7 @@ def train_classifier(
     names: tuple[str, ...] = (),
     device: str | torch.device = "auto",
     report: Callable[[int, float, float], None] = lambda step, loss, seconds: None,
+    checkpoint: Checkpoint | None = None,
 ) -> Classifier:
     """Train a classifier by AdamW with a cosine decay; classes are drawn equally often, however many images each has.
 
@@ -129,6 +134,8 @@ def train_classifier(
         None trains a classifier of clean pictures, which is not noise-aware.
     crop: smallest and largest share of the image area that a random crop covers. flip: whether half of them are mirrored.
     report: called once a step with the step, its loss and its seconds.
+    checkpoint: what a run that was stopped goes on from when it is called again, for the caller to remove when the classifier
+        is saved; None keeps nothing.
 
     The n-th batch is a function of (seed, n). Raises InputError when images, labels and config do not fit each other, and when
     the loss becomes infinite.
@@ -146,7 +153,20 @@ def train_classifier(
         optimizer, lambda n: min(1.0, (n + 1) / warmup) * (1 + math.cos(math.pi * n / steps)) / 2
     )
     members = [torch.nonzero(labels == label).flatten().tolist() for label in range(config.classes)]
-    for step in range(1, steps + 1):
+    done = 0
+    if checkpoint is not None:
+        decides = [asdict(config), steps, batch, lr, weight_decay, seed, crop, flip, names]
+        decides += [tensor_digest(images), tensor_digest(labels)]
+        decides += [] if schedule is None else [tensor_digest(schedule.signal), tensor_digest(schedule.noise)]
+        if held := checkpoint.resume(decides, steps, place):
+            for part, before in ((network, "network"), (optimizer, "optimizer"), (rate, "rate")):
+                part.load_state_dict(held[before])
+            done = held["step"]
+
+    def state() -> dict[str, Any]:
+        return {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "rate": rate.state_dict()}
+
+    for step in range(done + 1, steps + 1):
         started = time.perf_counter()
         rng = np.random.default_rng([seed, step])
         y = rng.integers(config.classes, size=batch)
@@ -165,6 +185,8 @@ def train_classifier(
         rate.step()
         if not math.isfinite(value := loss.item()):
             raise InputError(f"The loss is {value} at step {step}; lower lr.")
+        if checkpoint is not None:
+            checkpoint.keep(step, state, now=step == steps)
         report(step, value, time.perf_counter() - started)
     network.requires_grad_(False).eval()
     return Classifier(network, schedule is not None, config.classes, names, config.image_size)

@@ -32,8 +32,9 @@ from denoscope.features.amalgamation import (
 from denoscope.images import atomically
 from denoscope.segmentation.examples import Examples
 from denoscope.segmentation.few_shot import SIDE, Side, gather
-from denoscope.segmentation.pixels import FEWEST, PixelStore
+from denoscope.segmentation.pixels import FEWEST, PixelStore, digest
 from denoscope.training.amalgam import maps_of
+from denoscope.training.checkpoint import Checkpoint
 
 _AT_ONCE = 4096  # pixels classified at a time
 
@@ -98,19 +99,21 @@ def train_pixel_amalgam(
     fewest: int = FEWEST,
     report: Callable[[int, float, float], None] = lambda step, loss, seconds: None,
     prepared: Callable[[int, int], None] = lambda made, pictures: None,
+    checkpoint: Checkpoint | None = None,
 ) -> dict[str, Any]:
     """Train assigners of pixels, and write those that classified the validation pixels best to `out`.
 
     cache: folder for the pixels' features, read through memory maps. side, pixels, fewest: see `FewShot.fit`. Returns what was
     measured, which is also in a .json beside `out`: "looks" (share of validation pixels told rightly, step by step) and "best".
-    A run takes minutes and does not resume; the features do. The batch of step n is a function of (seed, n).
+    A run that was stopped goes on when it is called again, see `train_amalgam`. The batch of step n is a function of (seed, n).
 
     Raises InputError for examples that do not suffice or do not fit each other, and for a loss that is not finite.
     """
     config, out = config or PixelAmalgamConfig(), Path(out)
     if out.suffix != ".safetensors":
         raise InputError(f"Assigners are saved as .safetensors, not {out.suffix or 'without suffix'}.")
-    if out.is_file():
+    goes_on = checkpoint or Checkpoint(out)
+    if out.is_file() and not goes_on.path.is_file():
         raise InputError(f"{out} is already there; choose another file or delete it.")
     if train.classes.names != validation.classes.names:
         raise InputError(
@@ -134,7 +137,10 @@ def train_pixel_amalgam(
         )  # fmt: skip
         width = config.count * maps.shape[1] + beside * (config.count if config.official else 1)
         network = PixelClassifier(assigners, width, len(train.classes)).to(extractor.base.denoiser.device)
-    looks = _learn(network, learned, kept, len(maps), config, report)
+    own = {key: value for key, value in asdict(config).items() if key != "steps"}
+    parts = [[[one.read().digest, digest(one.labels)] for one in part.examples] for part in (train, validation)]
+    settings = [own, described, list(train.classes.names), parts, side, pixels, fewest]
+    looks = _learn(network, learned, kept, len(maps), config, report, goes_on, settings)
     told = {
         "config": asdict(config), "features": described, "classes": list(train.classes.names), "looks": looks,
         "best": max(looks, key=lambda look: look["right"])["step"], "pixels": {"train": len(learned), "validation": len(kept)},
@@ -142,6 +148,8 @@ def train_pixel_amalgam(
     assigners.made = told
     atomically(out.with_suffix(".json"), lambda path: path.write_text(json.dumps(told, indent=2, default=str) + "\n"))
     assigners.save(out)
+    if checkpoint is None:
+        goes_on.remove()
     return told
 
 
@@ -152,13 +160,26 @@ def _learn(
     maps: int,
     config: PixelAmalgamConfig,
     report: Callable[[int, float, float], None],
+    checkpoint: Checkpoint,
+    settings: Any,
 ) -> list[dict[str, Any]]:
     """Train; leave the network with the weights of its best look, and tell the looks."""
     device = next(network.parameters()).device
     optimizer = torch.optim.Adam(network.parameters(), config.lr)
-    walk, looks, losses = SparsityWalk(), [], []
+    walk, looks, losses, done = SparsityWalk(), [], [], 0
     best: dict[str, Tensor] = {}
-    for step in range(1, config.steps + 1):
+    if held := checkpoint.resume(settings, config.steps, device):
+        network.load_state_dict(held["network"])
+        optimizer.load_state_dict(held["optimizer"])
+        walk, looks, losses, best, done = (
+            SparsityWalk(**held["walk"]), held["looks"], held["losses"], held["best"], held["step"],
+        )  # fmt: skip
+
+    def state() -> dict[str, Any]:
+        told = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "walk": asdict(walk)}
+        return {**told, "looks": looks, "losses": losses, "best": best}
+
+    for step in range(done + 1, config.steps + 1):
         started = time.perf_counter()
         rng = np.random.default_rng([config.seed, step])
         x, beside, labels = _batch(
@@ -181,13 +202,14 @@ def _learn(
         losses.append(value)
         if config.official and step % 5 == 0:
             walk.look(value, MOVES[rng.integers(3)], bool(rng.integers(20) == 0))
-        if step % config.every == 0 or step == config.steps:
+        if looked := step % config.every == 0 or step == config.steps:
             right = _share_right(network, kept, maps)
             if not looks or right > max(look["right"] for look in looks):
                 best = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
             norm = weight_norms(weights).mean().item()
             looks.append({"step": step, "loss": float(np.mean(losses)), "norm": norm, "right": right})
             losses = []
+        checkpoint.keep(step, state, now=looked)
         report(step, value, time.perf_counter() - started)
     network.load_state_dict(best)
     return looks
