@@ -3,8 +3,9 @@
     python benchmarks/techniques.py                              # operations alone, 512 x 512, no weights needed
     python benchmarks/techniques.py --size 256 --time --threads 2   # also wall time, with random weights
 
-The network has the architecture of Stable Diffusion 1.5 and, for timing, random weights; the ControlNet is its copy. Both sides
-read the same sites with the same draws, and their features must agree to 1e-4, else the exit status is 1. Plans:
+The network has the architecture of Stable Diffusion 1.5 and, for timing, random weights; the ControlNet is its copy. All sides
+read the same sites with the same draws, and their features must agree to 1e-4, else the exit status is 1. Sides: the naive
+sequence, together (`feature_sets`), and together with Winograd's convolutions (`ds.winograd`). Plans:
 
 practical   six maps of the practical set, one pass each: two seeds with a long prompt, two plain, two with a ControlNet
 legacy      the same with the legacy set, the six maps of Meng et al. (arXiv 2410.06719) for correspondence
@@ -31,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BatchEncoding, CLIPTextConfig, CLIPTextModel
 
 import denoscope as ds
-from denoscope.denoisers.control import control_input
+from denoscope.denoisers.control import ControlInput
 from denoscope.denoisers.text import TextEncoder
 from denoscope.denoisers.unet import UNetDenoiser
 from denoscope.features import Recipe, feature_sets, recipe
@@ -117,8 +118,10 @@ def one_by_one(denoiser: Any, picture: ds.Picture, recipes: Mapping[str, Recipe]
         x0, eps = posterior.sample(draws.posterior), draws.diffusion
         assert eps is not None
         condition = denoiser.condition(None if one.prompt is None else [one.prompt])
-        given = [
-            control_input(denoiser, control.model, shown(control, picture, size, one.resample), size, control.scale)
+        given = [  # pixels, which the ControlNet embeds in every pass
+            ControlInput(
+                control.model, ds.read(shown(control, picture, size, one.resample)).pixels[None], torch.ones(1)
+            )
             for control in one.control
             if not isinstance(control.model, str)
         ]
@@ -139,6 +142,23 @@ def together(denoiser: Any, picture: ds.Picture, recipes: Mapping[str, Recipe]) 
     denoiser.text._cache.clear()
     found = feature_sets(denoiser, picture, recipes)
     return {name: {site: fm.values for site, fm in maps.items()} for name, maps in found.items()}
+
+
+def winograd(denoiser: Any, picture: ds.Picture, recipes: Mapping[str, Recipe]) -> dict[str, dict[str, Tensor]]:
+    with ds.winograd():
+        return together(denoiser, picture, recipes)
+
+
+SIDES = {"naive": one_by_one, "together": together, "winograd": winograd}
+
+
+def apart(one: Mapping[str, Mapping[str, Tensor]], other: Mapping[str, Mapping[str, Tensor]]) -> float:
+    """The largest relative difference of two sets of features."""
+    return max(
+        ((other[key][site] - values).norm() / values.norm()).item()
+        for key, maps in one.items()
+        for site, values in maps.items()
+    )
 
 
 def picture_of(side: int) -> ds.Picture:
@@ -170,29 +190,28 @@ def main() -> None:
     real = model("cpu") if asked.time else None
     for name in asked.plans.split(","):
         recipes = plan(name, weightless, control, asked.size)
-        naive, ours = (counted(partial(side, weightless, picture, recipes)) for side in (one_by_one, together))
-        row: dict[str, Any] = {
-            "plan": name,
-            "maps": len(recipes),
-            "naive_tflop": naive,
-            "ours_tflop": ours,
-            "flops": ours / naive,
-        }
+        row: dict[str, Any] = {"plan": name, "maps": len(recipes)}
+        for side, run in SIDES.items():
+            row[f"{side}_tflop"] = counted(partial(run, weightless, picture, recipes))
         if real is not None:
-            recipes, seconds, gap = plan(name, *real, asked.size), {"naive": [], "ours": []}, 0.0
+            recipes = plan(name, *real, asked.size)
+            seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+            found: dict[str, Any] = {}
             for _ in range(asked.rounds):
-                found = {}
-                for side, run in (("naive", one_by_one), ("ours", together)):
+                for side, run in SIDES.items():
                     gc.collect()
                     began = time.perf_counter()
                     found[side] = run(real[0], picture, recipes)
                     seconds[side].append(time.perf_counter() - began)
-                for key, maps in found["naive"].items():
-                    for site, values in maps.items():
-                        gap = max(gap, ((found["ours"][key][site] - values).norm() / values.norm()).item())
             row |= {f"{side}_seconds": min(taken) for side, taken in seconds.items()}
-            row |= {"time": row["ours_seconds"] / row["naive_seconds"], "difference": gap}
-            wrong |= gap > 1e-4
+            for side in list(SIDES)[1:]:
+                row[f"{side}_difference"] = gap = apart(found["naive"], found[side])
+                wrong |= gap > 1e-4
+        for what in ("tflop", "seconds"):
+            if f"naive_{what}" in row:
+                row |= {
+                    f"{side}_{what}_ratio": row[f"{side}_{what}"] / row[f"naive_{what}"] for side in list(SIDES)[1:]
+                }
         rows.append(row)
         print(
             "  ".join(

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
     from denoscope.denoisers import Condition, Denoiser, Noise, NoiseSchedule, Site, Watch, load
     from denoscope.denoisers.classifiers import Classifier, load_classifier
+    from denoscope.denoisers.winograd import winograd
     from denoscope.encoders import Encoder, load_encoder
     from denoscope.errors import DenoscopeError, InputError, MissingError
     from denoscope.features import (
@@ -83,6 +84,7 @@ _HOMES = {
     ),
     "denoscope.denoisers": ("Condition", "Denoiser", "Noise", "NoiseSchedule", "Site", "Watch", "load"),
     "denoscope.denoisers.classifiers": ("Classifier", "load_classifier"),
+    "denoscope.denoisers.winograd": ("winograd",),
     "denoscope.encoders": ("Encoder", "load_encoder"),
     "denoscope.errors": ("DenoscopeError", "InputError", "MissingError"),
     "denoscope.features": (
@@ -177,6 +179,7 @@ __all__ = [
     "track",
     "trajectory",
     "transfer",
+    "winograd",
     "write",
 ]
 

@@ -23,6 +23,7 @@ from denoscope.cli import (
     train,
     tune,
 )
+from denoscope.cli.options import invocation
 from denoscope.errors import DenoscopeError
 
 app = typer.Typer(
@@ -52,6 +53,10 @@ app.add_typer(train.app, name="train")
 def front(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    winograd: Annotated[
+        bool,
+        typer.Option("--winograd", help="Faster convolutions on the CPU; the last digits of results differ."),
+    ] = False,
 ) -> None:
     """Read what diffusion models know about your photos."""
     if version:
@@ -59,6 +64,10 @@ def front(
 
         print(__version__)
         raise typer.Exit
+    if winograd:
+        from denoscope.denoisers.winograd import winograd as faster
+
+        invocation().with_resource(faster())
     told: set[str] = set()
 
     def warn(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:

@@ -1,11 +1,15 @@
 """Options that several verbs share."""
 
 import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from denoscope.errors import InputError
 
@@ -43,14 +47,22 @@ Feature = Annotated[
     typer.Option(
         "--feature",
         metavar="NAME=VALUE",
-        help="Another setting of the features: control=FOLDER@SCALE, lora=FILE@SCALE, denoise_from=60, second_t=150, "
-        "img2img=0.5, guidance=3, timestep_mode=gdf, pool=2, noise=none (clean latents), adaln=no and massive=keep "
-        "(transformers as they are), resample=linear; again for more.",
+        help="Another setting of the features: control=FOLDER@SCALE, lora=FILE@SCALE, denoise_from=60 (or +10: 10 above t), "
+        "second_t=150, img2img=0.5, guidance=3, timestep_mode=gdf, pool=2, noise=none (clean latents), adaln=no and "
+        "massive=keep (transformers as they are), resample=linear; again for more.",
     ),
 ]
 Recipe = Annotated[
     Path | None,
     typer.Option("--recipe", help="Read features as this file says (of 'denoscope tune'); other options win over it."),
+]
+SamplingRecipe = Annotated[
+    Path | None,
+    typer.Option(
+        "--recipe",
+        help="Sample with the model, prompt, ControlNets, LoRAs, guidance, size and seed of this file (of 'denoscope tune'); "
+        "what is about reading is left aside, and other options win over it.",
+    ),
 ]
 Prompt = Annotated[
     str | None,
@@ -116,10 +128,37 @@ def asked_features(
     return model if _said("model") else file.model, merged
 
 
+def asked_sampling(model: str, recipe: Path | None, **given: Any) -> tuple[str, dict[str, Any]]:
+    """The model and the settings of sampling that the options ask for and, where they are None, the recipe file.
+
+    given: of prompt, control, lora, guidance, size, seed, img2img, long_prompts those that the verb has a use for; the file's
+    other settings are about reading features.
+    """
+    from denoscope.features.recipe import check_settings
+    from denoscope.features.recipes import read_recipe
+
+    if recipe is None:
+        return model, given
+    file = read_recipe(recipe)
+    if file.techniques:
+        warnings.warn(
+            f"{recipe} reads features under several techniques; what stands above them is taken.", stacklevel=2
+        )
+    told = {name: file.settings[name] for name in given if name in file.settings}
+    check_settings(told, f"{recipe}: ")
+    own = {name: value for name, value in given.items() if value is not None and (name != "seed" or _said("seed"))}
+    return model if _said("model") else file.model, given | told | own
+
+
+def invocation() -> Any:
+    """The context of the command that runs, or None."""
+    home, _, _ = typer.Context.__mro__[1].__module__.rpartition(".")  # click, or the one inside newer versions of typer
+    return import_module(f"{home}.globals").get_current_context(silent=True)
+
+
 def _said(parameter: str) -> bool:
     """Whether the user wrote an option, rather than leaving it at its default."""
-    home, _, _ = typer.Context.__mro__[1].__module__.rpartition(".")  # click, or the one inside newer versions of typer
-    context = import_module(f"{home}.globals").get_current_context(silent=True)
+    context = invocation()
     source = None if context is None else context.get_parameter_source(parameter)
     return source is not None and source.name == "COMMANDLINE"
 
@@ -137,7 +176,9 @@ def feature_settings(given: list[str] | None) -> dict[str, Any]:
             raise InputError(
                 f"--feature {text}: write {name}=VALUE with {' or '.join(known) or takes.get(name, 'a number')} as the value."
             )
-        if name in _NUMBERS:
+        if name == "denoise_from" and value.startswith("+"):  # above t
+            found[name] = value
+        elif name in _NUMBERS:
             try:
                 found[name] = _NUMBERS[name](value)
             except ValueError:
@@ -163,6 +204,16 @@ def parse_points(text: str) -> list[tuple[float, float]]:
             raise InputError(f"Points {text!r} are not understood; write them as 'x,y;x,y'.") from None
         return as_point_list(pairs, "--points")
     return read_point_list(path)
+
+
+@contextmanager
+def resumable(verb: str) -> Iterator[None]:
+    """A word about how to go on after Ctrl-C."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        Console(stderr=True).print(f"{verb}: stopped; the same command goes on from there.", highlight=False)
+        raise
 
 
 def folder(out: Path) -> Path:
