@@ -79,6 +79,68 @@ def test_a_picture_that_cannot_be_read_or_measured(run, photos, tmp_path):
     assert len(json.loads((out / "shift.json").read_text())["pictures"]) >= 3
 
 
+def test_curves_by_default(run, photos, tmp_path):
+    """Of the pictures that are drawn; what is read for them is not read again without."""
+    out, told = (
+        tmp_path / "out",
+        ("--techniques", tmp_path / "techniques.toml", *QUICK[:2], "--draws", 2, "--site", "up.1"),
+    )
+    command = ("shift", "seedling", photos, *told, "--no-gate", "--pictures", 2, "--normalise", "--out", out)
+    status, printed, errors = run(*command)
+    assert status == 0, errors
+    assert "diff / norm" in printed
+    found = json.loads((out / "shift.json").read_text())
+    assert (found["settings"]["t"], found["settings"]["curve"], found["settings"]["normalise"]) == (
+        [50], [100, 200, 300], True,
+    )  # fmt: skip
+    assert {row["t"]: row["pictures"] for row in found["rows"]} == {50: 3, 100: 2, 200: 2, 300: 2}
+    assert [len(row["diff"]) for row in found["pictures"][0]["rows"][::3]] == [2, 1, 1, 1]
+    with Image.open(out / "shift.png") as image:
+        tall = image.height
+    (photos / "0.png").rename(photos / "9.png")  # now the last
+    status, printed, errors = run(*command)
+    assert status == 0, errors
+    again = json.loads((out / "shift.json").read_text())
+    assert {row["t"]: row["pictures"] for row in again["rows"]} == {50: 3, 100: 3, 200: 3, 300: 3}
+    assert "2 of 3 are done already" in errors  # of 2.png the curve was missing
+    assert run(*command, "--no-curve")[0] == 0
+    assert {row["t"] for row in json.loads((out / "shift.json").read_text())["rows"]} == {50}
+    with Image.open(out / "shift.png") as image:
+        assert image.height < tall / 2
+    status, _, errors = run(*command, "--no-curve", "--curve", "100")
+    assert (status, "give one of them" in errors) == (2, True)
+
+
+def test_other_settings_are_other_records(run, photos, tmp_path):
+    scores = []
+    for pool in (1, 4):
+        given = ("--techniques", tmp_path / "techniques.toml", "--size", "long32", "--site", "up.2", "--draws", 1)
+        feature = ("--feature", f"pool={pool}", "--no-gate", "--no-curve", "--pictures", 0, "--out", tmp_path / "out")
+        status, _, errors = run("shift", "seedling", photos, *given, *feature)
+        assert status == 0, errors
+        scores.append([row["score"] for row in json.loads((tmp_path / "out" / "shift.json").read_text())["rows"]])
+    assert scores[0] != scores[1]
+
+
+def test_timesteps_of_the_published_code(run, photos, tmp_path):
+    model, few = GOLDEN / "content-shift-features" / "pipeline", ("--no-gate", "--no-curve", "--pictures", 0)
+    given = ("--site", "up.1", "--size", 64, "--draws", 1, "--feature", "timestep_mode=gdf", *few)
+    status, _, errors = run("shift", model, photos / "0.png", *given, "--out", tmp_path / "out")
+    assert status == 0, errors
+    told = json.loads((tmp_path / "out" / "shift.json").read_text())["settings"]["techniques"]
+    assert {one["timestep_mode"] for one in told.values()} == {"gdf"}
+
+
+def test_no_verdict_from_few_pictures(run, photos, tmp_path):
+    given = ("--techniques", tmp_path / "techniques.toml", *QUICK, "--site", "up.1", "--no-curve", "--pictures", 0)
+    status, printed, errors = run("shift", "seedling", photos, *given, "--out", tmp_path / "out")
+    assert status == 0, errors
+    assert "3 pictures tell too little of others for a verdict; give at least 6." in printed
+    rows = json.loads((tmp_path / "out" / "gate.json").read_text())["rows"]
+    assert [row["verdict"] for row in rows] == ["", "undecided"]
+    assert rows[1]["psnr_low"] < rows[1]["psnr_high"]  # the numbers are there
+
+
 def test_recipe_and_plain_prompt(run, photos, tmp_path):
     (tmp_path / "recipe.toml").write_text(
         'model = "seedling"\nt = 30\nsite = "up.2"\nsize = "long48"\nprompt = "bird"\n'
@@ -104,7 +166,11 @@ def test_recipe_and_plain_prompt(run, photos, tmp_path):
         ("seedling", ("--ref", "none", "--techniques", "face.toml"), "The reference is"),
         ("seedling", ("--strength", "2", "--techniques", "face.toml"), "between 0 and 1"),
         ("seedling", ("--wrong-control", "--techniques", "face.toml"), "No technique has a ControlNet"),
-        ("seedling", ("--t", "90", "--techniques", "low.toml"), "The technique 'low' at t = 90"),
+        (
+            "seedling",
+            ("--t", "90", "--techniques", "low.toml"),
+            "The technique 'low' has denoise_from = 80, which starts below t = 90",
+        ),
         ("seedling", ("--techniques", "typed.toml"), "guidance is a number, not 'three'"),
         ("seedling", (), "does not know the words"),
         ("sift", (), "no diffusion model"),
@@ -120,6 +186,22 @@ def test_mistakes(run, photos, tmp_path, monkeypatch, model, more, message):
     status, _, errors = run("shift", model, photos, *more, "--out", tmp_path / "out")
     assert status == 2
     assert message in errors
+
+
+@pytest.mark.filterwarnings("ignore:Denoising without")
+def test_short_denoising_is_drawn_as_far_as_it_reaches(run, photos, tmp_path):
+    """Also where the preset is read below or above it, which the image-to-image check has nothing to do with."""
+    (tmp_path / "short.toml").write_text('[short]\ndenoise_from = 12\n[above]\ndenoise_from = "+2"\nprompt = "face"\n')
+    status, printed, errors = run(
+        "shift", "seedling", photos / "0.png", "--techniques", tmp_path / "short.toml", "--t", 10, "--curve", "15", *QUICK,
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert status == 0, errors
+    assert printed.count("left out there") == 1
+    assert "'short' has denoise_from = 12, which starts below t = 15" in printed
+    rows = json.loads((tmp_path / "out" / "shift.json").read_text())["rows"]
+    cells = [(row["technique"], row["t"]) for row in rows]
+    assert sorted(cells) == sorted([("plain", 10), ("short", 10), ("above", 10), ("plain", 15), ("above", 15)])
 
 
 def test_folder_without_pictures(run, tmp_path):

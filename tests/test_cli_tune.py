@@ -1,6 +1,7 @@
 """`denoscope tune` as a user meets it: a recipe that other verbs take, numbers, a heat map, and mistakes in one sentence."""
 
 import json
+import shutil
 import tomllib
 
 import numpy as np
@@ -71,6 +72,37 @@ def test_help_shows_how_a_technique_is_written(run):
         assert "[label] and prompt" in " ".join(run(verb, "--help")[1].replace("│", " ").split())
 
 
+@pytest.mark.filterwarnings("ignore:Denoising without")
+def test_short_denoising_in_a_file_of_techniques(run, data):
+    (data / "short.toml").write_text('[plain]\nsize = "64"\n[fixed]\ndenoise_from = 22\n[above]\ndenoise_from = "+2"\n')
+    told = ["tune", PIPELINE, data / "photos" / "one.png", data / "photos" / "two.png", "--preset", "temporal"]
+    told += ["--techniques", data / "short.toml", "--t", "20,101", "--sites", "up.1", "--budget", "400"]
+    status, printed, error = run(*told, "--out", data / "r.toml")
+    assert status == 0, error
+    assert "'fixed' has denoise_from = 22, which starts below t = 101 and 51, and is left out there" in printed
+    cells = json.loads((data / "r-tune" / "tune.json").read_text())["cells"]
+    assert {(cell["technique"], cell["t"]) for cell in cells} >= {("fixed", 20), ("above", 20), ("above", 101)}
+    assert ("fixed", 101) not in {(cell["technique"], cell["t"]) for cell in cells}
+    (data / "short.toml").write_text("[low]\ndenoise_from = 12\n")
+    status, _, error = run(*told, "--out", data / "r.toml")
+    assert status == 2
+    assert "The technique 'low' has denoise_from = 12" in error
+
+
+def test_a_recipe_beside_its_model_is_read_from_anywhere(run, data, monkeypatch):
+    shutil.copytree(PIPELINE, data / "mymodel")
+    monkeypatch.chdir(data)
+    (data / "small.toml").write_text('[plain]\nsize = "64"\n')
+    told = ["tune", "mymodel", "photos/one.png", "photos/two.png", "--techniques", "small.toml", *GRID]
+    status, _, error = run(*told, "--out", "sub/r.toml")
+    assert status == 0, error
+    assert tomllib.loads((data / "sub" / "r.toml").read_text())["model"] == "../mymodel"
+    monkeypatch.chdir(data / "sub")
+    status, _, error = run("features", data / "photos" / "one.png", "--recipe", "r.toml", "--out", "f")
+    assert status == 0, error
+    assert ds.FeatureMap.load("f/one.safetensors").recipe["size"] == [64, 64]
+
+
 @pytest.mark.parametrize("kind", ["masks", "pictures"])
 def test_masks_and_pictures_alone(run, data, kind):
     asked = (
@@ -85,6 +117,20 @@ def test_masks_and_pictures_alone(run, data, kind):
     assert json.loads(out.read_text())["model"]
 
 
+def test_what_masks_ignore_is_no_class(run, data):
+    for name in ("one", "two", "three"):
+        path = data / "photos" / "masks" / f"{name}.npy"
+        labels = np.load(path)
+        labels[:20] = 11
+        np.save(path, labels)
+    (data / "small.toml").write_text('[plain]\nsize = "64"\n')
+    told = ["tune", PIPELINE, "--masks", data / "photos", "--techniques", data / "small.toml", *GRID]
+    for more, classes in (((), [0, 1, 11]), (("--ignore", "11"), [0, 1])):
+        status, _, error = run(*told, *more, "--out", data / "r.toml")
+        assert status == 0, error
+        assert json.loads((data / "r-tune" / "tune.json").read_text())["task"]["classes"] == classes
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -95,6 +141,7 @@ def test_masks_and_pictures_alone(run, data, kind):
         (("--pairs", "missing.json"), "missing.json"),
         (("--masks", "missing"), "missing"),
         (("photos", "--limit", "3"), "--limit is for --pairs"),
+        (("photos", "--ignore", "0"), "--ignore is for --masks"),
         (("photos", "--out", "r.txt"), ".toml or .json"),
         (("--pairs", "photos/pairs.json", "--set", "colour=1"), "alphas=0.1"),
         (("--pairs", "photos/pairs.json", "--sites", "up.9"), "up.9"),

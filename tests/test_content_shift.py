@@ -3,25 +3,27 @@
 import csv
 import json
 import warnings
+from dataclasses import fields, replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from conftest import GOLDEN, smooth_picture
 from diffusers import ControlNetModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import denoscope as ds
 from denoscope.errors import InputError
-from denoscope.features import feature_maps, recipe
+from denoscope.features import Recipe, feature_maps, recipe
 from denoscope.features.bootstrap import interval
-from denoscope.features.content_shift import diff, laplacian, score, structure
+from denoscope.features.content_shift import diff, laplacian, normalised, score, structure
 from denoscope.features.dift import feature_sets
-from denoscope.features.shift import ContentShift, content_shift
+from denoscope.features.shift import ContentShift, ShiftChoices, ShiftMeter, content_shift
 from denoscope.images.draw_shift import curves
 
 HEADS = GOLDEN / "content-shift-heads"
@@ -239,17 +241,59 @@ def test_the_anchor_is_read_where_it_says_whatever_plain_does(sd):
     assert found.records[0]["rows"][0]["diff"] != bare.records[0]["rows"][0]["diff"]
 
 
-@pytest.fixture(scope="module")
-def edges(sd, tmp_path_factory):
-    """A ControlNet of the tiny pipeline that acts."""
+def edges_of(denoiser, path):
+    """A ControlNet of the tiny pipeline that acts, saved."""
     torch.manual_seed(0)
-    network = ControlNetModel.from_unet(sd.unet)
+    network = ControlNetModel.from_unet(denoiser.unet)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape))
-    path = tmp_path_factory.mktemp("control")
     network.save_pretrained(path)
     return str(path)
+
+
+def save_lora(denoiser, path):
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    out, into = denoiser.unet.get_submodule(layer).weight.shape
+    weights = {"A": torch.randn(2, into), "B": torch.randn(out, 2)}
+    save_file({f"unet.{layer}.lora_{k}.weight": value for k, value in weights.items()}, path)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:Denoising without")
+def test_short_denoising_along_the_curve(sd):
+    """What starts below a timestep is left out there; what starts relative to it is the same as from where that is."""
+    techniques = {"fixed": {"denoise_from": 52}, "above": {"denoise_from": "+2"}, "late": {"second_t": 90}}
+    meter = ShiftMeter(sd, techniques, ShiftChoices(t=(101, 50), draws=1), **SMALL)
+    assert len(meter.notes) == 1
+    assert "'fixed' has denoise_from = 52, which starts below t = 101, and is left out there" in meter.notes[0]
+    told = meter.settings()
+    assert told["left_out"] == meter.notes
+    assert told["techniques"]["fixed"]["denoise_from"] == 52
+    starts = told["techniques"]["above"]["denoise_start"]
+    assert (starts["101"], starts["50"]) == (103, 52)
+    keep = {}
+    found = ContentShift.of([meter.record(smooth_picture(0), keep=keep)], told)
+    assert list(keep) == ["reference", "plain", "above", "late"]
+    cells = {(row.technique, row.t): row.score for row in found.rows}
+    assert cells.keys() == {(name, t) for name in ("plain", *techniques) for t in (101, 50)} - {("fixed", 101)}
+    assert cells["above", 50] == pytest.approx(cells["fixed", 50], abs=1e-5)  # batches round otherwise
+    assert [row.technique for row in found.ranking(t=101)].count("fixed") == 0
+    assert found.draw().height > found.draw_curves().height
+    for t, wrong in ((101, {"fixed": {"denoise_from": 52}}), (50, {"plain": {"denoise_from": 20}})):
+        with pytest.raises(InputError, match=f"The technique '{next(iter(wrong))}' has .* relative to t"):
+            ShiftMeter(sd, wrong, ShiftChoices(t=(t,)), **SMALL)
+
+
+@pytest.fixture(scope="module")
+def edges(sd, tmp_path_factory):
+    return edges_of(sd, tmp_path_factory.mktemp("control"))
+
+
+@pytest.fixture(scope="module")
+def sd_large():
+    """A pipeline with attention maps of the sizes that are read."""
+    return ds.load(GOLDEN / "content-shift-features" / "pipeline", device="cpu")
 
 
 def test_wrong_controls(sd, edges):
@@ -266,6 +310,125 @@ def test_wrong_controls(sd, edges):
     assert 0 <= share <= 1
     assert found.against("off", "plain")[0] == pytest.approx(0, abs=1e-5)
     assert found.settings["techniques"]["own"]["control"][0]["low"] == 5
+
+
+OTHER = {  # by field of Recipe: other settings, where they are said, and a second technique's where it takes one
+    "t": ("choices", {"t": (60,)}),
+    "site": ("choices", {"sites": ("up.2",)}),
+    "ensemble": ("choices", {"draws": 2}),
+    "size": ("shared", {"size": 80}),
+    "prompt": ("technique", {"prompt": "a cat"}),
+    "preset": ("shared", {"preset": "geometric"}),
+    "resample": ("shared", {"resample": "linear"}),
+    "noise": None,  # always drawn: clean latents do not shift
+    "adaln": ("shared", {"adaln": False}),
+    "massive": ("shared", {"massive": "keep"}),
+    "control": ("technique", {"control": "CONTROL"}),
+    "lora": ("technique", {"lora": "LORA"}),
+    "seed": ("shared", {"seed": 3}),
+    "denoise_from": ("technique", {"denoise_from": 52}),
+    "img2img": ("technique", {"img2img": 0.1}),
+    "second_t": ("technique", {"second_t": 90}),
+    "guidance": ("technique", {"guidance": 2}),
+    "timestep_mode": ("technique", {"timestep_mode": "gdf"}),
+    "pool": ("shared", {"pool": 4}),
+    "long_prompts": ("technique", {"long_prompts": "chunks"}),
+}
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(Recipe)])
+def test_everything_that_decides_the_numbers_is_recorded(sd, tmp_path, field):
+    """Records of a run are used again by a run with the same settings, so these must name every field of a recipe."""
+    if OTHER[field] is None:
+        with pytest.raises(InputError, match="sets 'noise'"):
+            ShiftMeter(sd, {"x": {"noise": "none"}}, size=64)
+        return
+    where, other = OTHER[field]
+    other = {k: edges_of(sd, tmp_path) if v == "CONTROL" else v for k, v in other.items()}
+    denoiser, shared = sd, {"size": 64, "preset": "semantic"}
+    choices, technique = {"t": (50,), "sites": ("up.1",), "draws": 1}, {}
+    if field in ("adaln", "massive"):
+        denoiser = ds.load(tiny.saved(tmp_path, "dit")[1], device="cpu")
+        choices["sites"] = ("block.1",)
+    if field == "lora":
+        other = {"lora": str(save_lora(sd, tmp_path / "lora.safetensors"))}
+    told = []
+    for more in ({}, other):
+        given = {**choices, **(more if where == "choices" else {})}
+        settings = {**shared, **(more if where == "shared" else {})}
+        own = {"x": {**technique, **(more if where == "technique" else {})}}
+        told.append(ShiftMeter(denoiser, own, ShiftChoices(**given), **settings).settings())
+    assert json.loads(json.dumps(told[0])) != json.loads(json.dumps(told[1]))
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(ShiftChoices)])
+def test_every_choice_is_recorded(sd, field):
+    other = {
+        "t": (60,), "sites": ("up.2",), "ref": "same", "ref_t": 1, "anchor_t": 400, "anchor_prompt": "x", "draws": 1,
+        "seed": 1, "neighbours": 8, "padding": "zero", "standardise": True, "normalise": True, "curve": (100,),
+    }  # fmt: skip
+    one, two = (
+        ShiftMeter(sd, {}, replace(ShiftChoices(sites=("up.1",)), **more), **SMALL).settings()
+        for more in ({}, {field: other[field]})
+    )
+    assert one != two
+
+
+def test_curves_of_some_pictures_cost_a_draw(sd):
+    """Further timesteps with the first draw, in the passes that are made anyway."""
+    pictures, rows = [smooth_picture(0), smooth_picture(1)], []
+    choices = ShiftChoices(sites=("up.1",), draws=3, curve=(100, 200))
+    meter = ShiftMeter(sd, {"cat": {"prompt": "a cat"}, "near": {"denoise_from": 150}}, choices, **SMALL)
+    assert "'near' has denoise_from = 150, which starts below t = 200" in meter.notes[0]
+    meter = ShiftMeter(sd, {"cat": {"prompt": "a cat"}}, choices, **SMALL)
+    handle = sd.network.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[0]))
+    records = [meter.record(pictures[0]), meter.record(pictures[1], curve=False)]
+    handle.remove()
+    reads = 3 * 4  # two techniques, reference and anchor, with three draws each
+    assert rows == [reads + 2 * 2, reads]
+    found = ContentShift.of(records, meter.settings())
+    assert found.times == [50, 100, 200]
+    assert [row.pictures for row in found.rows] == [2, 2, 1, 1, 1, 1]
+    assert found.settings["curve"] == [100, 200]
+    asked = content_shift(
+        sd, pictures[:1], {"cat": {"prompt": "a cat"}}, t=(100,), draws=1, sites="up.1", settings=SMALL
+    )
+    assert found.ranking(t=100)[0].score == pytest.approx(asked.ranking()[0].score, abs=1e-5)
+    alone = content_shift(sd, pictures, {"cat": {"prompt": "a cat"}}, draws=3, sites="up.1", settings=SMALL)
+    for one, other in zip(found.rows, alone.rows, strict=False):
+        assert one.score == pytest.approx(other.score, abs=1e-5)
+    assert found.draw().height > 2 * alone.draw().height  # the curves of the score and of diff are below
+    with pytest.raises(InputError, match="each of them once"):
+        ShiftChoices(t=(50, 100), curve=(100,))
+    broken = [records[0], {**records[1], "rows": records[1]["rows"][:1]}]
+    with pytest.raises(InputError, match="different techniques, sites or timesteps"):
+        ContentShift.of(broken, meter.settings())
+
+
+def test_normalised_diffs_can_be_compared(sd, tmp_path):
+    given = {"t": 100, "draws": 2, "sites": ("up.1", "up.2"), "settings": SMALL}
+    plain, shares = (content_shift(sd, [smooth_picture(0)], {}, **given, normalise=n) for n in (False, True))
+    for one, two, row in zip(plain.rows, shares.rows, shares.records[0]["rows"], strict=True):
+        assert two.score == one.score
+        each = [own / norm for own, norm in zip(row["diff"], row["norm"], strict=True)]
+        assert two.diff == pytest.approx(sum(each) / 2)
+        assert two.diff < one.diff
+    assert shares.settings["normalise"] is True
+    assert json.loads(shares.save(tmp_path / "s.json").read_text())["rows"][0]["diff"] == shares.rows[0].diff
+    with pytest.raises(InputError, match="no structure"):
+        normalised([1.0], [0.0])
+
+
+def test_words_are_compared_under_one_prompt(sd_large):
+    pictures, given = [smooth_picture(0)], {"sites": "attention.up_cross", "draws": 1, "settings": {"size": 128}}
+    with pytest.raises(InputError, match="words of the prompt.*'' and 'a cat'; give one prompt for all techniques"):
+        content_shift(sd_large, pictures, {"cat": {"prompt": "a cat"}}, **given)
+    with pytest.raises(InputError, match=r"the same for the anchor \(anchor_prompt\)"):
+        content_shift(sd_large, pictures, {"plain": {"prompt": "a cat"}}, **given)
+    found = content_shift(
+        sd_large, pictures, {"plain": {"prompt": "a cat"}, "two": {"second_t": 90}}, anchor_prompt="a cat", **given
+    )
+    assert [row.technique for row in found.rows] == ["plain", "two"]
 
 
 def test_saved(sd, tmp_path):

@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 
 import denoscope as ds
 from denoscope.errors import InputError
-from denoscope.features.gate import Gate, GateChoices, Gatekeeper, gate
-from denoscope.features.likeness import edge_f1, psnr, ssim, verdict
+from denoscope.features.bootstrap import interval
+from denoscope.features.gate import SAMPLED, Gate, GateChoices, Gatekeeper, gate
+from denoscope.features.likeness import FEWEST, edge_f1, psnr, ssim, verdict
 from denoscope.features.shift import ShiftMeter, content_shift
 from denoscope.features.weights import weights_digest
 
@@ -92,6 +93,30 @@ def test_verdict(spans, said):
     assert verdict(dict(zip(("psnr", "ssim", "edge_f1"), spans, strict=True))) == said
 
 
+def test_no_verdict_from_few_pictures():
+    spans = dict.fromkeys(("psnr", "ssim", "edge_f1"), UP)
+    assert [verdict(spans, pictures=n) for n in (1, FEWEST - 1, FEWEST)] == ["undecided", "undecided", "helps"]
+
+
+def wrong_verdicts(pictures, seeds, runs=120):
+    """Share of verdicts for a side where nothing but chance differs: pictures and seeds vary, and the measures together."""
+    rng, wrong = np.random.default_rng(0), 0
+    for run in range(runs):
+        of_picture, of_seed = rng.standard_normal((pictures, 1)), rng.standard_normal((pictures, seeds))
+        spans = {}
+        for measure, size in (("psnr", 1.0), ("ssim", 0.05), ("edge_f1", 0.1)):
+            own = 0.5 * (0.84 * of_picture + 0.55 * rng.standard_normal(of_picture.shape))
+            own = own + 0.84 * of_seed + 0.55 * rng.standard_normal(of_seed.shape)
+            spans[measure] = interval(size * own, resamples=400, seed=run)
+        wrong += verdict(spans) in ("helps", "hurts")
+    return wrong / runs
+
+
+def test_where_verdicts_begin_few_are_wrong():
+    assert wrong_verdicts(1, 2) > 0.4
+    assert wrong_verdicts(FEWEST, 4) < 0.1
+
+
 def test_techniques_that_say_the_same_have_no_effect(seedling):
     """And what is compared with plain does not depend on what else is compared, nor on the order."""
     pictures = [smooth_picture(0, 96, 64), smooth_picture(1, 64, 96)]
@@ -102,9 +127,10 @@ def test_techniques_that_say_the_same_have_no_effect(seedling):
         "face": {"prompt": "face"},
     }
     found = gate(seedling, pictures, techniques, settings=SMALL, **QUICK)
+    assert {row.verdict for row in found.rows[1:]} == {"undecided"}  # of two pictures
     rows = {row.technique: row for row in found.rows}
     assert list(rows) == ["plain", "twin", "guided", "face"]
-    assert rows["twin"].verdict == "no effect"
+    assert Gate.of(found.records * 3, found.settings).rows[1].verdict == "no effect"
     assert rows["twin"].intervals == dict.fromkeys(("psnr", "ssim", "edge_f1"), (0, 0))
     assert abs(rows["guided"].changes["psnr"]) > 1e-3
     alone = gate(seedling, pictures, {"plain": {"prompt": "bird"}, "face": {"prompt": "face"}}, settings=SMALL, **QUICK)
@@ -224,8 +250,36 @@ def test_controls_and_adapters(sd, tmp_path):
         assert (images[name] - plain).abs().max() > 1e-3
     assert (images["edges"] - images["wrong:edges"]).abs().max() > 1e-3
     assert weights_digest(sd.network) == weights
-    assert {row.technique: row.verdict for row in found.rows}["no edges"] == "no effect"
+    enough = Gate.of(found.records * 3, found.settings)
+    assert {row.technique: row.verdict for row in enough.rows}["no edges"] == "no effect"
     assert [row.technique for row in found.rows][-2:] == ["wrong:edges", "wrong:no edges"]
+
+
+def test_pictures_without_edges_have_no_control(sd):
+    """Neither their own, nor as the wrong one of another picture."""
+    torch.manual_seed(0)
+    network = ControlNetModel.from_unet(sd.unet)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    flat, other = ds.Picture(torch.full((3, 64, 64), 0.5)), ds.Picture(torch.zeros(3, 64, 64))
+    other.pixels[:, 20:40, 20:40] = 1
+    keeper = Gatekeeper(sd, {"edges": {"control": network}}, GateChoices(**QUICK), wrong_control=True, size="64")
+    with pytest.warns(UserWarning, match="no edges"):
+        images, turned = keeper.repaint(flat, other), keeper.repaint(other, flat)
+    assert torch.equal(images["edges"], images["plain"])
+    assert torch.equal(turned["wrong:edges"], turned["plain"])
+    assert not torch.equal(images["wrong:edges"], images["plain"])
+    assert not torch.equal(turned["edges"], turned["plain"])
+
+
+def test_guidance_towards_nothing_is_said(sd):
+    techniques = {"guided": {"guidance": 3}, "empty": {"guidance": 3, "prompt": ""}, "cat": {"prompt": "a cat"}}
+    keeper = Gatekeeper(sd, techniques, GateChoices(**QUICK), size="64")
+    with pytest.warns(UserWarning, match="Guidance has no effect"):
+        images = keeper.repaint(smooth_picture(0))
+    assert torch.equal(images["guided"], images["plain"])
+    assert torch.allclose(images["empty"], images["plain"], atol=1e-5)
 
 
 def test_long_prompts_are_guided_and_do_not_depend_on_each_other(sd):
@@ -239,6 +293,21 @@ def test_long_prompts_are_guided_and_do_not_depend_on_each_other(sd):
     )
     assert torch.allclose(together["a"], alone["a"], atol=1e-5)
     assert (together["a"] - together["b"]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("changed", [{"size": "long32"}, {"resample": "linear"}, *({name: None} for name in SAMPLED)])
+def test_everything_that_decides_the_check_is_recorded(seedling, changed, tmp_path):
+    other = {
+        "prompt": "face", "guidance": 2, "long_prompts": "chunks", "lora": str(tmp_path / "lora"),
+        "control": str(tmp_path / "control"),
+    }  # fmt: skip
+    (name,) = changed
+    own = {"x": {name: other[name]}} if name in SAMPLED else {}
+    one, two = (
+        Gatekeeper(seedling, techniques, **{**SMALL, **settings}).settings()
+        for techniques, settings in (({"x": {}}, {}), ({"x": {}, **own}, {} if own else changed))
+    )
+    assert one != two
 
 
 def test_files_that_change_are_other_techniques(sd, tmp_path):
@@ -261,3 +330,5 @@ def test_class_labels(tmp_path):
     assert found.settings["adaln"] is True
     checked = gate(dit, [smooth_picture(0)], techniques, settings={"size": 64, "site": "block.1"}, **QUICK)
     assert checked.rows[1].means["psnr"] != checked.rows[2].means["psnr"]
+    with pytest.raises(InputError, match="noise of squares only.*a square size, such as 96"):
+        gate(dit, [smooth_picture(0)], techniques, settings={"size": "96x64", "site": "block.1"}, **QUICK)

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import denoscope as ds
+from denoscope.cli.options import feature_settings
 from denoscope.features import (
     Amalgam,
     Dift,
@@ -27,7 +29,9 @@ from denoscope.features import (
 )
 from denoscope.features.amalgamation import aggregate
 from denoscope.features.denoising import effective
+from denoscope.features.dift import ensemble_maps, varied
 from denoscope.features.gdf import site_of
+from denoscope.features.recipe import within_reach
 
 PUBLISHED = GOLDEN / "content-shift-features"
 CASES = {case["name"]: case for case in json.loads((PUBLISHED / "cases.json").read_text())["cases"]}
@@ -169,12 +173,77 @@ def test_pooling_controls_leave_the_unconditional_features_alone(published, edge
     assert relative(both, none) > 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:Denoising without")
+def test_a_picture_without_edges_has_no_control(published, edges):
+    """Bit for bit, beside techniques that do act; a warning says so."""
+    flat, base = ds.Picture(torch.full((3, 64, 64), 0.5)), {"t": 50, "site": "up.1", "size": "64", "ensemble": 2}
+    for more in ({}, {"denoise_from": 53}, {"img2img": 0.04}, {"guidance": 3.0, "prompt": "a cat"}):
+        recipes = {
+            "plain": recipe(published, **base, **more),
+            "edges": recipe(published, **base, **more, control=edges),
+        }
+        with pytest.warns(UserWarning, match="no edges"):
+            found = feature_sets(published, flat, recipes)
+        assert torch.equal(found["edges"]["up.1"].values, found["plain"]["up.1"].values)
+        assert found["edges"]["up.1"].recipe["control"]  # it was asked for
+
+
 def test_short_denoising_takes_the_passes_it_says(published, edges):
     chosen = recipe(published, t=50, site="up.1", size="64", ensemble=2, denoise_from=60, control=edges)
     seen, handle = calls(published)
     feature_sets(published, ds.read(PUBLISHED / "im0.png"), {"": chosen})
     handle.remove()
     assert seen == [2] * 11  # 60, 59, ..., 51, and the reading at 50
+
+
+@pytest.mark.filterwarnings("ignore:Denoising without")
+@pytest.mark.parametrize("mode", ["exact", "gdf"])
+def test_denoising_may_start_relative_to_t(published, mode):
+    base = {"site": "up.1", "size": "64", "ensemble": 1, "timestep_mode": mode}
+    above = recipe(published, t=50, denoise_from="+6", **base)
+    assert above.denoise_start == 56
+    assert {"denoise_from": "+6", "denoise_start": 56}.items() <= above.described().items()
+    later = varied(published, above, {"t": 90})
+    assert (later.denoise_from, later.denoise_start) == ("+6", 96)
+    told = {"above": above, "there": recipe(published, t=50, denoise_from=56, **base), "later": later}
+    found = {name: maps["up.1"] for name, maps in feature_sets(published, smooth_picture(1, 64, 64), told).items()}
+    assert torch.equal(found["above"].values, found["there"].values)
+    assert relative(found["later"].values, found["there"].values) > 1e-3
+    assert [found[name].recipe.get("denoise_start") for name in told] == [56, None, 96]
+    assert [found[name].recipe["denoise_from"] for name in told] == ["+6", 56, "+6"]
+
+
+def test_what_is_below_the_start_of_denoising_is_left_out(published):
+    techniques = {
+        "plain": {},
+        "absolute": {"denoise_from": 60},
+        "above": {"denoise_from": "+10"},
+        "wrong": {"denoise_from": "x"},
+    }
+    found, notes = within_reach(published, techniques, [995, 60, 101, 20])
+    assert found == {
+        "plain": [995, 60, 101, 20],
+        "absolute": [60, 20],
+        "above": [60, 101, 20],
+        "wrong": [995, 60, 101, 20],
+    }
+    assert len(notes) == 2
+    assert notes[0].startswith(
+        "'absolute' has denoise_from = 60, which starts below t = 995 and 101, and is left out there;"
+    )
+    assert "'above' has denoise_from = +10, which would start beyond the last timestep" in notes[1]
+    with pytest.raises(
+        ds.InputError, match="The technique 'absolute' .* below t = 101; .* relative to t: denoise_from = "
+    ):
+        within_reach(published, techniques, [101])
+    assert within_reach(published, {"off": {}}, [1000]) == ({"off": [1000]}, [])  # which `recipe` refuses
+
+
+def test_denoise_from_on_the_command_line():
+    assert feature_settings(["denoise_from=+10"]) == {"denoise_from": "+10"}
+    assert feature_settings(["denoise_from=60"]) == {"denoise_from": 60}
+    with pytest.raises(ds.InputError, match="'ten' is no whole number"):
+        feature_settings(["denoise_from=ten"])
 
 
 @pytest.mark.parametrize("sampling", [{"denoise_from": 56}, {"img2img": 0.04}])
@@ -198,7 +267,8 @@ def test_techniques_that_sample_share_their_passes_and_change_nothing(published,
     seen, handle = calls(denoiser)
     together = feature_sets(denoiser, picture, recipes)
     handle.remove()
-    assert set(seen) == {2 * len(recipes)} and len(seen) > 2
+    assert set(seen) == {2 * len(recipes)}
+    assert len(seen) > 2
     for name, one in recipes.items():
         alone = feature_sets(denoiser, picture, {name: one})[name]
         assert relative(together[name]["up.1"].values, alone["up.1"].values) < 1e-5
@@ -246,12 +316,29 @@ def test_transformer_blocks_are_modulated_with_their_loras_and_after_averaging(t
     # the stream is the same, what reads it is not
     assert relative(found["lora"][site].values, found["plain"][site].values) > 1e-2
     members = {}
-    for key, member, values in member_maps(denoiser, picture, recipes, running=True, chunk=2):
+    for key, member, _, values in ensemble_maps(denoiser, picture, recipes, chunk=2):
         members[key, member] = values[site]
     for key in recipes:
         assert relative(members[key, 2], found[key][site].values) < 1e-5
         alone = feature_sets(denoiser, picture, {"": recipe(denoiser, **{**recipes[key].settings(), "ensemble": 1})})
         assert relative(members[key, 0], alone[""][site].values) < 1e-5
+
+
+def test_timestep_0_is_0_in_the_published_mode_too(published, adm):
+    picture = smooth_picture(2, 64, 64)
+    base = {"t": 0, "site": "up.1", "size": "64", "ensemble": 1}
+    recipes = {
+        "exact": recipe(published, **base),
+        "gdf": recipe(published, **base, timestep_mode="gdf"),
+        "from 0": recipe(published, **base, timestep_mode="gdf", denoise_from=0),
+    }
+    maps = {name: feature_sets(published, picture, {"": one})[""]["up.1"] for name, one in recipes.items()}
+    assert {fm.recipe["t"] for fm in maps.values()} == {0}
+    for fm in maps.values():
+        assert torch.equal(fm.values, maps["exact"].values)
+    for t in (0, 50):
+        with pytest.raises(ds.InputError, match="without a scheduler of its own"):
+            effective(adm, recipe(adm, t=t, timestep_mode="gdf"), t)
 
 
 def test_where_the_published_code_cannot_begin_to_denoise(tmp_path):
@@ -309,7 +396,11 @@ def test_sharing_costs_less_than_half_of_the_naive_sequence(published, edges):
 
 def test_contradictions_are_named(published):
     cases = [
-        ({"denoise_from": 40, "t": 50}, "40 lies below t = 50"),
+        ({"denoise_from": 40, "t": 50}, r'40 lies below t = 50. .* relative to t, as text: "\+10"'),
+        ({"denoise_from": "40", "t": 50}, r'text such as "\+10" for 10 timesteps above t, not .40'),
+        ({"denoise_from": "+960", "t": 50}, "Timestep 1010 is not in"),
+        ({"denoise_from": True, "t": 0}, "denoise_from is a timestep, or text"),
+        ({"denoise_from": "+5", "t": 50, "second_t": 90}, "second_t"),
         ({"denoise_from": 60, "t": 50, "second_t": 90}, "second_t"),
         ({"noise": "none", "second_t": 90}, "clean latents"),
         ({"noise": "none", "img2img": 0.5}, "clean latents"),
@@ -341,6 +432,44 @@ def test_words_are_channels_of_attention_features(published):
         Amalgam(base, techniques)
     assert Amalgam(base, techniques, "concat").name
     assert Amalgam(base, {"a": techniques["a"], "attention": techniques["b"]}).name
+
+
+def test_maps_of_words_are_not_compared_under_several_prompts(published):
+    picture = smooth_picture(5, 128, 128)
+    given = {"t": 50, "site": "up.1+attention.up_cross", "ensemble": 1, "size": "128"}
+    cat, dog = (ds.features(published, picture, **given, prompt=prompt) for prompt in ("a cat", "a dog"))
+    assert len(ds.transfer(cat, cat, [(3, 4)])) == 1
+    with pytest.raises(ds.InputError, match="words of the prompt, so it cannot be compared under 'a cat' and 'a dog'"):
+        ds.transfer(cat, dog, [(3, 4)])
+    assert len(ds.transfer(cat, dog, [(3, 4)], force=True)) == 1
+    apart = [
+        ds.features(published, picture, **{**given, "site": "up.1"}, prompt=prompt) for prompt in ("a cat", "a dog")
+    ]
+    assert len(ds.transfer(*apart, [(3, 4)])) == 1
+    base = Dift(published, recipe(published, **given))
+    beside = {"a": {"site": "up.1"}, "attention": {"site": "attention.up_cross"}}
+    for how in ("mean", "pca:4"):
+        one, two = (Amalgam(base, beside, how)(picture, prompt) for prompt in ("a cat", "a dog"))
+        assert len(ds.transfer(one, one, [(3, 4)])) == 1
+        with pytest.raises(ds.InputError, match="words of the prompt"):
+            ds.transfer(one, two, [(3, 4)])
+
+
+@pytest.mark.filterwarnings("ignore:Denoising without")
+@pytest.mark.parametrize("prompt", [None, ""])
+def test_guidance_towards_nothing_is_said_and_not_computed(published, prompt):
+    picture, base = smooth_picture(6, 64, 64), {"t": 50, "site": "up.1", "size": "64", "ensemble": 1}
+    for more in ({}, {"denoise_from": 51}, {"img2img": 0.04}):
+        plain = recipe(published, **base, prompt=prompt, **more)
+        first, handle = calls(published)
+        expected = feature_sets(published, picture, {"": plain})[""]["up.1"]
+        handle.remove()
+        guided, (seen, handle) = recipe(published, **base, prompt=prompt, guidance=3, **more), calls(published)
+        with pytest.warns(UserWarning, match="Guidance has no effect"):
+            found = feature_sets(published, picture, {"": guided})[""]["up.1"]
+        handle.remove()
+        assert torch.equal(found.values, expected.values)
+        assert seen == first
 
 
 def test_denoising_without_control_says_what_it_does(published):
@@ -399,6 +528,33 @@ class TestFiles:
             kind, _, name = prompt.partition("@" if prompt[0] == "@" else ":")
             path = found.removeprefix("@").removeprefix("caption:")
             assert found == prompt if kind == "preset" else (tmp_path / name).samefile(path)
+
+    def test_models_are_found_from_where_the_recipe_lies(self, tmp_path, monkeypatch):
+        """Whatever they are called: a folder beside, one with a "+" in its name, a pipeline with another U-Net."""
+        monkeypatch.chdir(tmp_path)
+        for name in ("mymodel", "sd+more", "unet", "seedling", "rgb", "sub"):
+            (tmp_path / name).mkdir()
+        for name, written in {
+            "mymodel": "../mymodel",
+            "./mymodel": "../mymodel",
+            "sd+more": "../sd+more",
+            "mymodel+unet": "../mymodel+../unet",
+            "mymodel+some/hub/file.safetensors": "../mymodel+some/hub/file.safetensors",
+            "seedling+unet": "seedling+../unet",
+            "some/id+unet": "some/id+../unet",
+            "seedling": "seedling",
+            "rgb": "rgb",
+            "some/id": "some/id",
+        }.items():
+            path = write_recipe("sub/deep.toml", name, {})
+            assert f'model = "{written}"' in path.read_text(), name
+            found = read_recipe(tmp_path / "sub" / "deep.toml").model
+            parts = [part for part in found.split("+") if "/sub/" in part]
+            assert len(parts) == written.replace("sd+more", "sd").count("../")
+            assert all(Path(part).exists() for part in parts if "sd" not in part)
+        monkeypatch.chdir(tmp_path / "sub")
+        write_recipe("beside.json", "../mymodel", {})
+        assert Path(read_recipe("beside.json").model).samefile(tmp_path / "mymodel")
 
     @pytest.mark.parametrize(
         ("text", "sentence"),

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import random
 from collections.abc import Hashable
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -28,6 +30,7 @@ from denoscope.errors import InputError, MissingError
 from denoscope.features.baselines import BASELINES
 from denoscope.features.loading import load_extractor
 from denoscope.features.recipes import write_recipe
+from denoscope.features.shift import content_shift
 from denoscope.segmentation import Examples
 
 SPAIR = GOLDEN / "dift-eval" / "SPair-71k"
@@ -317,6 +320,8 @@ def test_content_shift_tells_techniques_apart_where_there_are_no_labels(sd):
     assert counter.rows == found.rows <= 200
     assert found.weak
     assert "without labels" in found.sentence
+    assert found.metric == "cycle consistency@0.1 and content shift"
+    assert any("Between techniques content shift decides" in note for note in found.notes)
     assert found.recipe["search"]["draws"] == "shared between timesteps"
     record, plain = {"score": 40.0, "shift": 0.3}, {"score": 10.0, "shift": 0.2}
     assert task.value(record, plain) == pytest.approx(45)
@@ -326,6 +331,115 @@ def test_content_shift_tells_techniques_apart_where_there_are_no_labels(sd):
         tune(sd, task, budget=200, holdout=0.5)
     with pytest.raises(InputError, match="does not fit cut-outs"):
         tune(sd, task, budget=200, techniques={"depth": {"control": {"model": "folder", "image": "depths"}}})
+
+
+@pytest.mark.filterwarnings("ignore:Denoising without")
+def test_short_denoising_is_searched_over_timesteps(sd, tmp_path):
+    task = PairsTask(open_pairs(SPAIR), limit=2)
+    told = {"plain": {"size": "64"}, "fixed": {"denoise_from": 22}, "above": {"denoise_from": "+2"}}
+    grid = {"times": [20, 101], "sites": ["up.1"], "preset": "temporal", "budget": 400}
+    with counted_rows(sd) as counter:
+        found = tune(sd, task, **grid, techniques=told, sizes=["72"], exhaustive=True)
+    assert counter.rows >= found.rows
+    where = {(cell["technique"], cell["t"]) for cell in found.cells}
+    assert {t for name, t in where if name == "above"} == {20, 101, 51} == {t for name, t in where if name == "plain"}
+    assert {t for name, t in where if name.startswith("fixed")} == {20}
+    assert {name for name, _ in where} >= {"fixed", "fixed, size 72", "above, size 72"}
+    notes = [note for note in found.notes if "left out" in note]
+    assert len(notes) == 1
+    assert notes[0].startswith("'fixed' has denoise_from = 22, which starts below t = 101 and 51")
+    assert found.recipe["search"]["techniques"]["above"] == {"denoise_from": "+2"}
+    made = Arm.of(sd, "above", 101, 0, size="64", denoise_from="+2").extractor.describe()
+    assert (made["denoise_from"], made["denoise_start"]) == ("+2", 103)
+    with pytest.raises(
+        InputError, match="The technique 'low' has denoise_from = 10, .* start higher, or relative to t"
+    ):
+        tune(sd, task, **grid, techniques={"low": {"denoise_from": 10}})
+    with pytest.raises(InputError, match="The technique 'plain' has denoise_from = 30, which starts below t = 51"):
+        tune(sd, task, **grid, techniques={"plain": {"denoise_from": 30}})
+    with pytest.raises(InputError, match="The technique 'odd' at t = 20: second_t"):
+        tune(sd, task, **grid, techniques={"odd": {"second_t": "late"}})
+
+
+@pytest.mark.filterwarnings("ignore:Denoising without")
+def test_the_anchor_is_read_where_it_says_whatever_plain_does(sd):
+    task = UnlabelledTask([smooth_picture(i, 64, 48) for i in range(2)], points=4)
+    told = {"plain": {"size": "64", "denoise_from": 55}, "words": {"prompt": "a photo of a cat"}}
+    found = tune(sd, task, budget=800, times=[51], sites=["up.1"], techniques=told, preset="temporal")
+    assert "content shift" in found.metric
+
+
+@pytest.mark.parametrize("ensemble", [1, 2])
+def test_content_shift_is_scored_for_each_draw(sd, tmp_path, ensemble):
+    """As `denoscope shift` does: the mean of the scores, which is not the score of the mean."""
+    pictures = [smooth_picture(i, 64, 48) for i in range(2)]
+    seen = {}
+
+    class Listening(UnlabelledTask):
+        def evaluate(self, item, features, companions):
+            record = super().evaluate(item, features, companions)
+            if companions:
+                own = features(self.pictures(item)[0])
+                told = [own.recipe.get(key) for key in ("t", "site", "prompt")]
+                seen[*told, item.data[0]] = record["shift"]
+            return record
+
+    task = Listening(pictures, points=4)
+    told = {"plain": {"size": "64"}, "words": {"prompt": "a photo of a cat"}}
+    with counted_rows(sd) as counter:
+        found = tune(sd, task, budget=300, times=[51], sites=["up.1", "up.0+up.1"], techniques=told, preset="temporal",
+                     ensembles=(ensemble, 3), out=tmp_path)  # fmt: skip
+    assert counter.rows == found.rows
+    measured = content_shift(
+        sd,
+        pictures,
+        {"words": told["words"]},
+        t=51,
+        sites="up.1",
+        draws=ensemble,
+        settings={"size": "64", "preset": "temporal"},
+    )
+    for place, record in enumerate(measured.records):
+        for row in record["rows"]:
+            each = (np.array(row["anchor"]) - row["diff"]) / row["anchor"]
+            prompt = None if row["technique"] == "plain" else "a photo of a cat"
+            assert seen[51, "up.1", prompt, place] == pytest.approx(each.mean(), abs=1e-4)
+            if ensemble > 1:
+                whole = 1 - sum(row["diff"]) / sum(row["anchor"])
+                assert abs(each.mean() - whole) > 1e-3
+    with counted_rows(sd) as again:
+        tune(sd, task, budget=300, times=[51], sites=["up.1", "up.0+up.1"], techniques=told, preset="temporal",
+             ensembles=(ensemble, 3), out=tmp_path)  # fmt: skip
+    assert again.rows == 0
+
+
+def test_words_of_other_prompts_are_not_compared(sd, tmp_path):
+    """Channels of attention.up_cross are words: for content shift the prompt has to be that of reference and anchor."""
+    pictures = UnlabelledTask([smooth_picture(i, 64, 48) for i in range(2)], points=4)
+    told = {"plain": {"size": "64"}, "words": {"prompt": "a photo of a cat"}, "late": {"second_t": 60}}
+    grid = {"budget": 400, "times": [20], "sites": ["attention.up_cross", "up.1"], "preset": "temporal"}
+    found = tune(sd, pictures, **grid, techniques=told)
+    where = {(cell["technique"], cell["site"]) for cell in found.cells}
+    assert {name for name, site in where if site == "attention.up_cross"} == {"plain", "late"}
+    assert ("words", "up.1") in where
+    notes = [note for note in found.notes if "left out" in note]
+    assert len(notes) == 1
+    assert "channels of attention.up_cross are the words of the prompt, so 'words' is left out there" in notes[0]
+    # none has the anchor's empty prompt
+    found = tune(sd, pictures, **grid, techniques=told, prompt="a photo")
+    assert {cell["site"] for cell in found.cells} == {"up.1", found.preset.site}
+    assert any("'plain', 'words', 'late' are left out there" in note for note in found.notes)
+    # both pictures of a pair have the same prompt
+    pairs = PairsTask(open_pairs(SPAIR), limit=2)
+    labelled = tune(sd, pairs, **grid, techniques=told)
+    assert ("words", "attention.up_cross") in {(cell["technique"], cell["site"]) for cell in labelled.cells}
+    assert not any("left out" in note for note in labelled.notes)
+    # but for captions
+    names = {name for item in pairs.items([0, 1]) for name in (item.data.source, item.data.target)}
+    (tmp_path / "words.json").write_text(json.dumps({Path(name).stem: "a cat" for name in names}))
+    captioned = tune(sd, pairs, **grid, techniques={**told, "captions": {"prompt": f"@{tmp_path / 'words.json'}"}})
+    assert ("captions", "attention.up_cross") not in {(cell["technique"], cell["site"]) for cell in captioned.cells}
+    assert any("captions are other words for every picture" in note for note in captioned.notes)
 
 
 def test_what_was_kept_aside_decides_and_few_items_decide_nothing(tiny):
@@ -341,6 +455,28 @@ def test_what_was_kept_aside_decides_and_few_items_decide_nothing(tiny):
     assert "5 items cannot show" in few.notes[0]
     with pytest.raises(InputError, match="keeps 1 of 4 items aside; .* as with 0.5"):
         tune(tiny, Planted(peak, count=4), budget=400, holdout=0.3)
+
+
+def test_pictures_are_known_again_under_other_names(tiny):
+    class Drawn(Planted):
+        """Two items to a picture, each by a name of its own, as those of drawn pairs are."""
+
+        def pictures(self, item):
+            return [self.seen[item.data // 2]]
+
+        def evaluate(self, item, features, companions):
+            features(self.seen[item.data // 2])
+            return {"score": 50.0 + item.data}
+
+    found = tune(tiny, Drawn(peak, count=8), budget=200, times=[20], sites=["up.0"], holdout=0.5, exhaustive=True)
+    order = list(range(8))
+    random.Random("tune/0").shuffle(order)
+    pictures = [{index // 2 for index in half} for half in (order[:4], order[4:])]
+    assert found.holdout is not None
+    assert found.exhaustive is not None
+    assert found.holdout["shared"] == sum(index // 2 in pictures[0] for index in order[4:]) > 0
+    assert "show pictures that were searched with" in found.notes[-1]
+    assert found.exhaustive["rows"] == len(pictures[0]) < 4  # one timestep, ensemble 1
 
 
 def test_encoders_have_sites_and_sizes(tmp_path):
@@ -396,6 +532,17 @@ def test_the_heat_map_of_one_timestep_holds_its_title_and_frames(tiny):
     sides = np.flatnonzero(orange > 0.9 * orange.max())
     framed = np.split(sides, np.flatnonzero(np.diff(sides) > 1) + 1)
     assert min(map(len, framed)) >= 3  # 2 points of line at 120 dots an inch
+
+
+def test_what_is_far_below_zero_leaves_the_colours_to_the_others(tiny):
+    def colours(lowest):
+        task = Planted(lambda t, site: {0: 30, 20: 10, 40: lowest}[t], count=2)
+        found = tune(tiny, task, budget=60, times=[0, 20, 40], sites=["up.0"], ensembles=(2,))
+        every, count = np.unique(np.asarray(found.draw()).reshape(-1, 3), axis=0, return_counts=True)
+        return {tuple(every[k]) for k in np.argsort(count)[-4:]}  # three cells on white
+
+    assert len(colours(-10)) == 4
+    assert colours(-10) == colours(-500)
 
 
 @pytest.mark.parametrize(

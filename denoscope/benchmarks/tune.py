@@ -21,7 +21,7 @@ import numpy as np
 
 from denoscope.benchmarks.protocol import Item
 from denoscope.benchmarks.running import Track
-from denoscope.benchmarks.tune_grid import blocks, candidates, checked, crossed, plain_value
+from denoscope.benchmarks.tune_grid import blocks, candidates, checked, crossed, plain_value, unlike_words
 from denoscope.benchmarks.tune_reading import Arm, Reader
 from denoscope.benchmarks.tune_scoring import Scores
 from denoscope.benchmarks.tune_tasks import Task
@@ -31,7 +31,7 @@ from denoscope.encoders.protocol import Encoder
 from denoscope.errors import InputError, counted
 from denoscope.features.bootstrap import interval
 from denoscope.features.joint import takes_prompts
-from denoscope.features.recipe import Size
+from denoscope.features.recipe import Size, within_reach
 from denoscope.features.weights import versions
 
 TIMES = (0, 51, 101, 261)  # tried unless others are given, beside the preset's
@@ -114,17 +114,26 @@ class _Search:
             **({} if prompt is None else {"prompt": prompt}),
             **named.pop(PLAIN, {}),
         }
-        own: Any = Arm.of(model, PLAIN, None, seed, **self.base).extractor.recipe
+        anywhere = {name: value for name, value in self.base.items() if name != "denoise_from"}
+        own: Any = Arm.of(model, PLAIN, None, seed, **anywhere).extractor.recipe
         self.techniques = crossed({PLAIN: {}, **named}, sizes)
         self.times: list[int | None] = [None]
+        self.left_out: list[str] = []
+        reach: dict[str, Any] = dict.fromkeys(self.techniques, self.times)
         if isinstance(model, Denoiser):
             tried = [t for t in TIMES if t < len(model.schedule)] if times is None else times
-            self.times = list(dict.fromkeys([*tried, own.t]))
+            tried = list(dict.fromkeys([*tried, own.t]))
+            within_reach(model, {PLAIN: self.base}, [own.t])  # the preset is what all are compared with
+            given = {PLAIN: self.base, **{name: {**self.base, **told} for name, told in named.items()}}
+            self.left_out = within_reach(model, given, tried)[1]
+            given = {name: {**self.base, **told} for name, told in self.techniques.items()}
+            reach = dict(within_reach(model, given, tried)[0])
+            self.times = reach[PLAIN]
         self.ensembles = sorted(set(ensembles))
         self.sites = candidates(model, [*(sites or blocks(model)), own.site])
         self.preset_site = own.site
         self.preset_ensemble: int = own.ensemble if diffusion else 1
-        self.arms = [self._arm(name, t) for t in self.times for name in self.techniques]
+        self.arms = [self._arm(name, t) for t in self.times for name in self.techniques if t in reach[name]]
         if len({arm.name for arm in self.arms}) < len(self.arms):
             raise InputError("Two techniques have the same name.")
         self.preset_arm = next(
@@ -132,13 +141,33 @@ class _Search:
         )
         companions = task.companions(len(self.techniques)) if diffusion else {}
         self.companions = {name: self._companion(name, told) for name, told in companions.items()}
+        apart = self._apart() if diffusion else {}
         noise = "shared" if self.companions else None  # a score compares features made with the same draws
-        self.reader = Reader(model, self.sites, out / "features", noise, seed)
+        singly = self.ensembles[0] if self.companions and self.ensembles[0] > 1 else 0  # and is that of every draw
+        self.reader = Reader(model, self.sites, out / "features", noise, seed, singly)
         plain = {arm.t: arm for arm in self.arms if arm.technique == PLAIN}
-        self.scores = Scores(task, self.reader, self.companions, self.ensembles[0], plain, out / "records")
+        self.scores = Scores(task, self.reader, self.companions, self.ensembles[0], plain, out / "records", apart)
 
     def _arm(self, technique: str, t: int | None) -> Arm:
-        return Arm.of(self.model, technique, t, self.seed, **{**self.base, **self.techniques[technique]})
+        try:
+            return Arm.of(self.model, technique, t, self.seed, **{**self.base, **self.techniques[technique]})
+        except InputError as error:
+            at = "" if t is None else f" at t = {t}"
+            raise InputError(f"The technique {technique!r}{at}: {error}") from None
+
+    def _apart(self) -> dict[str, set[str]]:
+        """Sites that techniques are not scored at, see `unlike_words`; those that none is scored at are not read."""
+        told: dict[str, Any] = {arm.technique: arm.extractor.recipe for arm in self.arms}
+        prompts = {name: chosen.prompt for name, chosen in told.items()}
+        shift: list[Any] = [arm.extractor.recipe for arm in self.companions.values()]
+        apart, notes = unlike_words(self.sites, prompts, [chosen.prompt for chosen in shift])
+        self.left_out += notes
+        for name, sites in apart.items():
+            if sites >= self.sites.keys() or (name == PLAIN and self.preset_site in sites):
+                raise InputError(f"{notes[0]} Nothing is left to read {name!r} at; choose other sites.")
+        nowhere = set.intersection(*(apart.get(name, set()) for name in prompts))
+        self.sites = {site: names for site, names in self.sites.items() if site not in nowhere}
+        return apart
 
     def _companion(self, name: str, told: Mapping[str, Any]) -> Arm:
         assert isinstance(self.model, Denoiser)
@@ -236,7 +265,7 @@ class _Search:
         return Tuned(
             model=self.model.name,
             task=self.task.describe(),
-            metric=self.task.metric,
+            metric=self.task.metric + (" and content shift" if self.companions else ""),
             weak=self.task.weak,
             choice=choice,
             settings=self._settings(choice),
@@ -322,8 +351,12 @@ class _Search:
 
     def _shared(self, used: Sequence[int], held: Sequence[int]) -> int:
         """How many of the items kept aside show a picture that was searched with."""
-        seen = {name for item in self.task.items(used) for name in self.task.names(item)}
-        return sum(any(name in seen for name in self.task.names(item)) for item in self.task.items(held))
+        seen = self._seen(self.task.items(used))
+        return sum(not seen.isdisjoint(self._seen([item])) for item in self.task.items(held))
+
+    def _seen(self, items: Sequence[Item]) -> set[int]:
+        """What the pictures show. Names do not tell: those of drawn pairs are other ones for every pair."""
+        return {picture.digest for item in items for picture in self.task.pictures(item)}
 
     def _exhaust(
         self, items: Sequence[Item], choice: Setting, spent: int, kept_aside: bool, track: Callable[[str], Track]
@@ -341,8 +374,7 @@ class _Search:
         values = self._table(items)
         means = {setting: float(scored.mean()) for setting, scored in values.items()}
         best = max(means, key=lambda setting: means[setting])
-        pictures = len({name for item in items for name in self.task.names(item)})
-        rows = sum(arm.rows * self.ensembles[-1] for arm in self.arms) * pictures
+        rows = sum(arm.rows * self.ensembles[-1] for arm in self.arms) * len(self._seen(items))
         behind = interval(values[best] - values[choice], seed=self.seed)
         beyond = {
             f"the preset with its ensemble of {self.preset_ensemble}": self.preset_ensemble not in self.ensembles,
@@ -382,7 +414,7 @@ class _Search:
         return list(found.values())
 
     def _notes(self, items: Sequence[Item], told: Mapping[str, Any] | None) -> list[str]:
-        notes = []
+        notes = [*self.left_out]
         judged = len(items) if told is None else told["items"]
         if judged < FEWEST:
             notes.append(
@@ -390,6 +422,11 @@ class _Search:
             )
         elif judged < 10:
             notes.append(f"{judged} items are few: intervals from fewer than about 10 are too narrow.")
+        if self.companions:
+            notes.append(
+                "Between techniques content shift decides, for which all that a prompt or a ControlNet changes is shift: "
+                "annotate a few pairs before you trust that."
+            )
         if told is None:
             notes.append("The value of the choice is optimistic: it was chosen on the items that it was scored on.")
         elif told["shared"]:
@@ -410,6 +447,7 @@ class _Search:
                 "techniques": json.loads(json.dumps(self.techniques, default=plain_value)),
                 "ensembles": self.ensembles,
                 "draws": "shared between timesteps" if self.reader.noise else "of each timestep",
+                **({"content shift": "the score of each draw, then the mean over draws"} if self.companions else {}),
             },
             "versions": dict(versions()),
         }

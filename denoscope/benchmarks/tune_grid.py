@@ -6,8 +6,9 @@ from typing import Any
 from denoscope.denoisers.protocol import Denoiser
 from denoscope.encoders.protocol import Encoder
 from denoscope.errors import InputError
+from denoscope.features.prompts import needs_picture
 from denoscope.features.recipe import Size
-from denoscope.features.sets import expand
+from denoscope.features.sets import attends_words, expand
 from denoscope.features.technique import Control, Lora, controls
 from denoscope.sites import Watch
 
@@ -32,6 +33,29 @@ def checked(techniques: Mapping[str, Mapping[str, Any]], weak: bool) -> dict[str
 def plain_value(value: Any) -> Any:
     """Of settings, as JSON values."""
     return value.described() if isinstance(value, Control | Lora) else str(value)
+
+
+def unlike_words(
+    sites: Mapping[str, Sequence[str]], prompts: Mapping[str, Any], measured: Sequence[Any]
+) -> tuple[dict[str, set[str]], list[str]]:
+    """By technique the candidates that it cannot be compared at, for their channels are words and its words others; and notes.
+
+    sites: see `candidates`. prompts: of the techniques. measured: those that content shift is measured against, if it is.
+    """
+    words = [site for site, names in sites.items() if attends_words(names)]
+    captioned = [name for name, prompt in prompts.items() if needs_picture(prompt)]
+    told = {prompt or "" for prompt in measured}
+    others = [name for name in prompts if told and name not in captioned and len(told | {prompts[name] or ""}) > 1]
+    reasons = {
+        "captions are other words for every picture; give one prompt for all": captioned,
+        "content shift is measured against other words (the anchor's prompt is empty); give labels, or no prompt": others,
+    }
+    notes = []
+    for why, names in reasons.items():
+        if words and names:
+            left = f"{', '.join(map(repr, names))} {'are' if len(names) > 1 else 'is'} left out there"
+            notes.append(f"The channels of {', '.join(words)} are the words of the prompt, so {left}: {why}.")
+    return {name: set(words) for name in (*captioned, *others)}, notes
 
 
 def crossed(techniques: Mapping[str, Mapping[str, Any]], sizes: Sequence[Size] | None) -> dict[str, dict[str, Any]]:

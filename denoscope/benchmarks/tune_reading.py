@@ -20,7 +20,7 @@ from denoscope.encoders.protocol import Encoder
 from denoscope.errors import DenoscopeError, InputError
 from denoscope.features import Dift, EncoderFeatures, FeatureMap, as_extractor
 from denoscope.features.amalgamation import aggregate
-from denoscope.features.dift import member_maps
+from denoscope.features.dift import ensemble_maps
 from denoscope.features.fusing import concatenate
 from denoscope.features.recipe import Recipe, resolve_size
 from denoscope.images import Frame, Picture
@@ -80,8 +80,8 @@ def _rows(chosen: Any) -> int:
     guided = 1 if chosen.guidance in (None, 0, 1) else 2
     rows = (2 if chosen.second_t not in (None, chosen.t) else 1) * guided
     sampled = 1 if chosen.guidance is None else 2
-    if chosen.denoise_from is not None:
-        rows += (chosen.denoise_from - chosen.t + 3) * sampled
+    if chosen.denoise_start is not None:
+        rows += (chosen.denoise_start - chosen.t + 3) * sampled
     if chosen.img2img is not None:
         steps = max(50, int(2 / chosen.img2img))
         rows += (ceil(chosen.img2img * steps) + 2) * sampled
@@ -93,6 +93,7 @@ class Reader:
 
     sites: candidates, each with the sites that it is made of (several are aggregated as published). spent: rows of the network
     that everything counted so far takes, also what a run that was stopped had read. noise: see `feature_sets`.
+    singly: of ensembles of this size every member is kept too.
     """
 
     def __init__(
@@ -102,8 +103,10 @@ class Reader:
         folder: Path,
         noise: Any = None,
         seed: int = 0,
+        singly: int = 0,
     ):
         self.model, self.sites, self.folder, self.noise, self.seed = model, sites, folder, noise, seed
+        self.singly = singly
         self.single = list(dict.fromkeys(one for names in sites.values() for one in names))
         self.spent = 0
         self._ledger = Records(folder / "rows.jsonl")
@@ -133,14 +136,23 @@ class Reader:
 
     def at(self, arm: Arm, ensemble: int, picture: Picture, site: str) -> FeatureMap:
         """Features at a candidate, read before or now."""
+        return self._at(arm, ensemble, picture, site)
+
+    def members(self, arm: Arm, ensemble: int, picture: Picture, site: str) -> list[FeatureMap]:
+        """As `at`, of every member by itself; ensembles of 1 and of `singly` have them."""
+        if ensemble == 1:
+            return [self.at(arm, ensemble, picture, site)]
+        return [self._at(arm, ensemble, picture, site, _member(k)) for k in range(ensemble)]
+
+    def _at(self, arm: Arm, ensemble: int, picture: Picture, site: str, member: str = "") -> FeatureMap:
         maps = self._stored(arm, ensemble, picture)
         if maps is None:
             self.read(picture, [(arm, [ensemble])])
             maps = self._kept[arm.name, ensemble, picture.digest]
-        names = self.sites[site]
+        names = [name + member for name in self.sites[site]]
         if len(names) == 1:
             return maps[names[0]]
-        key = (arm.name, ensemble, picture.digest, site)
+        key = (arm.name, ensemble, picture.digest, site + member)
         if key not in self._kept:
             self._remember(key, {site: aggregate([maps[name] for name in names])})
         return self._kept[key][site]
@@ -163,7 +175,9 @@ class Reader:
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
-        paths = {site: self._path(arm, ensemble, picture, site) for site in self.single}
+        members = [_member(k) for k in range(ensemble)] if ensemble == self.singly else []
+        names = [site + member for member in ["", *members] for site in self.single]
+        paths = {site: self._path(arm, ensemble, picture, site) for site in names}
         try:
             maps = {site: FeatureMap.load(path) for site, path in paths.items()}
         except DenoscopeError:  # missing or damaged
@@ -199,13 +213,17 @@ class Reader:
                 made[f"{arm.name}/{k}"] = arm.name, k
                 recipes[f"{arm.name}/{k}"] = replace(chosen, size=size, ensemble=ensembles[-1])
         parts: dict[tuple[str, int], dict[int, Maps]] = {}
-        for key, member, values in member_maps(
-            self.model, picture, recipes, sites=self.single, noise=self.noise, seed=self.seed, running=True
+        members: dict[str, Maps] = {}
+        for key, member, own, values in ensemble_maps(
+            self.model, picture, recipes, sites=self.single, noise=self.noise, seed=self.seed
         ):
-            name, k = made[key]
+            (name, k), frame = made[key], self._frame(picture, recipes[key])
+            if member < self.singly and self.singly in wanted[name]:
+                kept = members.setdefault(key, {})
+                kept |= {s + _member(member): self._map(picture, recipes[key], frame, s, v) for s, v in own.items()}
             if member + 1 in wanted[name]:
-                frame = self._frame(picture, recipes[key])
                 maps = {s: self._map(picture, recipes[key], frame, s, v) for s, v in values.items()}
+                maps |= members.pop(key, {}) if member + 1 == self.singly else {}
                 parts.setdefault((name, member + 1), {})[k] = maps
         found: dict[str, dict[int, Maps]] = {}
         for (name, ensemble), maps in parts.items():
@@ -221,9 +239,14 @@ class Reader:
     def _map(self, picture: Picture, chosen: Recipe, frame: Frame, site: str, values: Tensor) -> FeatureMap:
         if not values.isfinite().all():
             raise InputError("The features are not finite; load the model in bfloat16 or float32.")
-        made = {"model": self.model.name, "t": chosen.t, "site": site}
+        made = {"model": self.model.name, "t": chosen.t, "site": site, "prompt": chosen.prompt}
         made |= {"picture": str(picture.path) if picture.path else None}
         return FeatureMap(values, frame.resize((values.shape[2], values.shape[1])), made, picture)
+
+
+def _member(k: int) -> str:
+    """What is put behind a site's name for the features of a member."""
+    return f"/{k}"
 
 
 class _Counter:

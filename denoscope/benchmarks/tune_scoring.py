@@ -1,6 +1,6 @@
 """Scores of settings on items for `tune`: what is on disk is not made again, and one batch reads a picture for all settings."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 from denoscope.benchmarks.protocol import Item, Record
 from denoscope.benchmarks.running import Records, Track, fingerprint
 from denoscope.benchmarks.tune_reading import Arm, Reader
-from denoscope.benchmarks.tune_tasks import Task
+from denoscope.benchmarks.tune_tasks import OWN, Task
 
 Wanted = Sequence[tuple[Arm, Sequence[int]]]  # arms, each with sizes of its ensemble
 
@@ -18,7 +18,7 @@ class Scores:
     """Records of every setting, one file each, one line an item.
 
     companions: arms that the first picture of an item is read under too. first: the smallest ensemble, for which companions
-    are used. plain: by timestep, the arm without a technique.
+    are used. plain: by timestep, the arm without a technique. apart: by technique, sites that it is not scored at.
     """
 
     def __init__(
@@ -29,9 +29,10 @@ class Scores:
         first: int,
         plain: Mapping[int | None, Arm],
         folder: Path,
+        apart: Mapping[str, Set[str]],
     ):
         self.task, self.reader, self.companions, self.first, self.plain = task, reader, companions, first, plain
-        self.folder = folder
+        self.folder, self.apart = folder, apart
         self._told = task.describe()
         self._files: dict[Any, Records] = {}
 
@@ -50,13 +51,13 @@ class Scores:
             self._count(wanted, pictures)
             for arm, sizes in missing:
                 for ensemble in sizes:
-                    for site in sites or self.reader.sites:
+                    for site in self._sites(arm, sites):
                         self._evaluate(arm, ensemble, site, item)
 
     def values(self, arm: Arm, ensemble: int, site: str, items: Sequence[Item]) -> np.ndarray | None:
         """What is compared, of every item; None unless all of them are scored."""
         file = self._file(arm, ensemble, site)
-        if any(item.key not in file for item in items):
+        if not self._sites(arm, [site]) or any(item.key not in file for item in items):
             return None
         return np.array([self._value(arm, site, item, file[item]) for item in items])
 
@@ -72,6 +73,7 @@ class Scores:
         if name not in self._files:
             made = [self._told, arm.fingerprint, ensemble, self.reader.sites[site], self.reader.noise]
             made += [[one.fingerprint for one in self.companions.values()]] if ensemble == self.first else []
+            made += ["each draw is scored"] if self.companions and ensemble == self.first > 1 else []
             self._files[name] = Records(self.folder / f"tune-{fingerprint(made)}.jsonl")
         return self._files[name]
 
@@ -80,8 +82,12 @@ class Scores:
             item.key in self._file(arm, ensemble, site)
             for arm, sizes in wanted
             for ensemble in sizes
-            for site in sites or self.reader.sites
+            for site in self._sites(arm, sites)
         )
+
+    def _sites(self, arm: Arm, sites: Sequence[str]) -> list[str]:
+        """Those (or all) that an arm is scored at."""
+        return [site for site in sites or self.reader.sites if site not in self.apart.get(arm.technique, ())]
 
     def _beside(self, wanted: Wanted) -> list[tuple[Arm, Sequence[int]]]:
         needed = any(self.first in sizes for _, sizes in wanted)
@@ -96,8 +102,9 @@ class Scores:
         file = self._file(arm, ensemble, site)
         if item.key in file:
             return
+        compared = {**self.companions, OWN: arm} if self.companions and ensemble == self.first else {}
         beside = {
-            name: lambda picture, one=one: self.reader.at(one, ensemble, picture, site)
-            for name, one in (self.companions.items() if ensemble == self.first else ())
+            name: lambda picture, one=one: self.reader.members(one, ensemble, picture, site)
+            for name, one in compared.items()
         }
         file.add(item, self.task.evaluate(item, lambda picture: self.reader.at(arm, ensemble, picture, site), beside))

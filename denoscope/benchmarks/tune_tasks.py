@@ -26,7 +26,8 @@ from denoscope.segmentation.pixels import IGNORED, chosen_pixels, interpolated, 
 
 Labels = Int[np.ndarray, "height width"]
 Maps = Callable[[Picture], FeatureMap]
-REFERENCE, ANCHOR = "reference", "anchor"
+Members = Callable[[Picture], list[FeatureMap]]  # of the ensemble, one by one
+OWN, REFERENCE, ANCHOR = "own", "reference", "anchor"
 _FITS = 512  # classifiers kept; those of one fold serve all of its pictures
 
 
@@ -34,7 +35,7 @@ _FITS = 512  # classifiers kept; those of one fold serve all of its pictures
 class Task(Protocol):
     """metric: what a score is, in percent. weak: whether it only stands in for what is wanted.
 
-    companions: settings that every picture is read with besides those compared; `Features.companion` gives these.
+    companions: settings that the first picture of every item is read with besides those compared.
     """
 
     metric: str
@@ -61,8 +62,11 @@ class Task(Protocol):
         """All whose features scoring the item takes; companions are read of the first."""
         ...
 
-    def evaluate(self, item: Item, features: Maps, companions: Mapping[str, Maps]) -> Record:
-        """{"score": percent} and whatever else `value` needs."""
+    def evaluate(self, item: Item, features: Maps, companions: Mapping[str, Members]) -> Record:
+        """{"score": percent} and whatever else `value` needs.
+
+        companions: by name, as this task asks for them, and "own", the members of `features`; none where it asks for none.
+        """
         ...
 
     def companions(self, techniques: int) -> Mapping[str, Mapping[str, Any]]:
@@ -114,7 +118,7 @@ class PairsTask(_Labelled):
     def pictures(self, item: Item) -> list[Picture]:
         return [self.data.picture(item.data.source), self.data.picture(item.data.target)]
 
-    def evaluate(self, item: Item, features: Maps, companions: Mapping[str, Maps]) -> Record:
+    def evaluate(self, item: Item, features: Maps, companions: Mapping[str, Members]) -> Record:
         pair: Pair = item.data
         record = self.data.run(item, lambda picture, _: features(picture))
         kind: Threshold = self.kind  # pyright: ignore[reportAssignmentType]
@@ -185,7 +189,7 @@ class MasksTask(_Labelled):
         index, train = item.data
         return [self.examples[i][0] for i in (index, *train)]
 
-    def evaluate(self, item: Item, features: Maps, companions: Mapping[str, Maps]) -> Record:
+    def evaluate(self, item: Item, features: Maps, companions: Mapping[str, Members]) -> Record:
         index, train = item.data
         weights, mean = self._fit(train, features)
         picture, labels = self.examples[index]
@@ -257,7 +261,7 @@ class UnlabelledTask:
 
     Where techniques are compared, the change of the content-shift score against the plain features of the same timestep and
     site is added, `shift_weight` percent for a score of 1: the score tells techniques apart, and says nothing across timesteps
-    and sites (its reference is t = 0, which would always win).
+    and sites (its reference is t = 0, which would always win). It is computed for each draw of the noise, then averaged.
     """
 
     weak = True
@@ -327,7 +331,7 @@ class UnlabelledTask:
         one, other = (self._picture(index) for index in item.data)
         return [one, other, self._cut_out(one)]
 
-    def evaluate(self, item: Item, features: Maps, companions: Mapping[str, Maps]) -> Record:
+    def evaluate(self, item: Item, features: Maps, companions: Mapping[str, Members]) -> Record:
         one, other, cut = self.pictures(item)
         frame = self._frame(one)
         inside = frame.to_picture(grid_points(frame.grid, min(self.points, *frame.grid)))
@@ -337,15 +341,18 @@ class UnlabelledTask:
         error = (back - start).norm(dim=1) / max(one.size)
         record: Record = {"score": 100 * (error <= self.alpha).double().mean().item()}
         if companions:
-            reference, anchor = (companions[name](one).values for name in (REFERENCE, ANCHOR))
+            draws = zip(*(companions[name](one) for name in (REFERENCE, OWN, ANCHOR)), strict=True)
             try:
-                record["shift"] = content_shift_score(reference, features(one).values, anchor)
+                record["shift"] = float(np.mean([content_shift_score(*(fm.values for fm in maps)) for maps in draws]))
             except InputError:  # undefined: a picture of one colour
                 record["shift"] = None
         return record
 
     def companions(self, techniques: int) -> Mapping[str, Mapping[str, Any]]:
-        return {REFERENCE: {"t": 0}, ANCHOR: {"t": 500, "prompt": ""}} if techniques > 1 and self.shift_weight else {}
+        if techniques < 2 or not self.shift_weight:
+            return {}
+        once = {"denoise_from": None, "second_t": None}  # the anchor is read there and nowhere else
+        return {REFERENCE: {"t": 0}, ANCHOR: {"t": 500, "prompt": "", **once}}
 
     def value(self, record: Record, plain: Record | None) -> float:
         own, other = (one.get("shift") for one in (record, plain or record))

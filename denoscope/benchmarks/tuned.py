@@ -163,8 +163,10 @@ def tuned_image(tuned: Tuned) -> Image.Image:
         {(cell["technique"], cell["ensemble"]) for cell in cells}, key=lambda panel: (given.index(panel[0]), panel[1])
     )
     value = {tuple(cell[key] for key in ("technique", "ensemble", "t", "site")): cell for cell in cells}
-    top = max(max(cell["value"] for cell in cells), 1e-9)
-    low = min(0.0, *(cell["value"] for cell in cells))
+    top = max(cell["value"] for cell in cells)
+    low = (
+        0.0 if top > 0 else min(cell["value"] for cell in cells) - 1e-9
+    )  # a technique far below 0 must not take all colours
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
     label, panel = 0.09 * max(len(str(site)) for site in sites), 0.9 + 0.6 * len(times)

@@ -16,6 +16,7 @@ from denoscope.cli.bench import numbers, tracked
 from denoscope.cli.features import _names
 from denoscope.errors import DenoscopeError, InputError
 
+CURVE = (100, 200, 300)  # timesteps that are read by themselves; at 500 the anchor's score is 0
 QUALITY = "high quality, best quality, highly realistic, masterpiece, high resolution"
 
 
@@ -34,8 +35,13 @@ def shift(
     site: Annotated[list[str] | None, typer.Option("--site", help="Where to read; again for more sites.")] = None,
     t: Annotated[int | None, typer.Option("--t", help="Timestep that techniques are ranked at (default 50).")] = None,
     curve: Annotated[
-        str | None, typer.Option(help="Further timesteps, for the curve: '0,100,300' or '0:500:100'.")
+        str | None,
+        typer.Option(
+            help="Further timesteps, for the curve: '0,100,300' or '0:500:100'. By default 100,200,300, of the pictures that "
+            "are drawn, with one draw of the noise."
+        ),
     ] = None,
+    no_curve: Annotated[bool, typer.Option("--no-curve", help="Read at --t alone.")] = False,
     size: options.Size = None,
     prompt: Annotated[
         str | None, typer.Option(help="The plain prompt, which techniques keep unless they have their own.")
@@ -51,6 +57,10 @@ def shift(
     neighbours: Annotated[int, typer.Option(help="Neighbours of the Laplacian, 4 or 8.")] = 4,
     padding: Annotated[str, typer.Option(help="Border of the Laplacian, 'replicate' or 'zero'.")] = "replicate",
     standardise: Annotated[bool, typer.Option("--standardise", help="Let all channels weigh alike.")] = False,
+    normalise: Annotated[
+        bool,
+        typer.Option("--normalise", help="diff as a share of the reference's structure, comparable between sites."),
+    ] = False,
     wrong_control: Annotated[
         bool, typer.Option("--wrong-control", help="Also show each ControlNet what belongs to the next picture.")
     ] = False,
@@ -63,7 +73,7 @@ def shift(
     guidance: Annotated[
         float | None, typer.Option(help="Classifier-free guidance of the image-to-image check (default none).")
     ] = None,
-    pictures: Annotated[int, typer.Option(help="How many pictures to draw.")] = 4,
+    pictures: Annotated[int, typer.Option(help="How many pictures to draw, and to read for the curve.")] = 4,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
@@ -77,6 +87,8 @@ def shift(
     from denoscope.features.recipes import read_techniques
     from denoscope.features.shift import ContentShift, ShiftChoices, ShiftMeter
 
+    if curve and no_curve:
+        raise InputError("--no-curve leaves out what --curve asks for; give one of them.")
     files = image_files(images)
     given = read_techniques(techniques) if techniques else None
     further = numbers(curve, "--curve") if curve else []
@@ -97,8 +109,14 @@ def shift(
     times = tuple(dict.fromkeys([first, *further]))
     sites = tuple(dict.fromkeys(site or [own["site"]]))
     number = int(anchor_prompt) if anchor_prompt.isdecimal() and not takes_prompts(extract) else anchor_prompt
-    shift_choices = ShiftChoices(times, sites, ref, 0, anchor_t, number, draws, seed, neighbours, padding, standardise)
+    few = () if curve or no_curve or not pictures else CURVE
+    shift_choices = ShiftChoices(
+        times, sites, ref, 0, anchor_t, number, draws, seed, neighbours, padding, standardise, normalise,
+        tuple(one for one in few if one not in times and one < len(denoiser.schedule)),
+    )  # fmt: skip
     meter = ShiftMeter(denoiser, compared, shift_choices, wrong_control, **common)
+    for note in meter.notes:
+        console.print(note, highlight=False, markup=False)
     gate_choices = GateChoices(strength, seeds, steps, guidance, seed)
     place = {"site": "+".join(sites)}  # the check reads nothing, but a preset's site need not be there
     keeper = Gatekeeper(denoiser, compared, gate_choices, wrong_control, **common, **place) if gate else None
@@ -109,7 +127,7 @@ def shift(
             "No --techniques: the prompt alone is varied (plain, words for quality, words for its lack).",
             highlight=False,
         )
-    measured = run.records("shift", meter, _draw_features)
+    measured = run.records("shift", meter, _draw_features, curve=bool(shift_choices.curve))
     result = ContentShift.of(measured, meter.settings())
     saved = [result.save(out / "shift.json"), result.save(out / "shift.csv"), result.save(out / "shift.png")]
     print_ranking(result, console)
@@ -179,8 +197,13 @@ class _Run:
         self.failed: dict[str, str] = {}
         self._folders: dict[str, Path] = {}
 
-    def records(self, verb: str, meter: Any, draw: Callable[[Any, dict[str, Any], dict[str, Any]], None]) -> list[Any]:
-        """A record of every picture that can be read; `draw` of the first few makes {kind: image} of what a meter keeps."""
+    def records(
+        self, verb: str, meter: Any, draw: Callable[[Any, dict[str, Any], dict[str, Any]], None], curve: bool = False
+    ) -> list[Any]:
+        """A record of every picture that can be read; `draw` of the first few makes {kind: image} of what a meter keeps.
+
+        curve: those few are also read at the timesteps of the meter's curve.
+        """
         import denoscope as ds
         from denoscope.benchmarks.protocol import Item
         from denoscope.benchmarks.running import Records, fingerprint
@@ -192,7 +215,10 @@ class _Run:
         for place, (file, name) in enumerate(zip(self.files, self.names, strict=True)):
             try:
                 picture, other = ds.read(file), self._other(place)
-                key = Item(f"{picture.digest}" + (f"/{other.digest}" if other else ""), "", None)
+                text = f"{picture.digest}" + (f"/{other.digest}" if other else "")
+                longer = f"{text}/curve"  # a record that holds more than the other, and serves where that does
+                of_curve = curve and (place < self.drawn or longer in kept)
+                key = Item(longer if of_curve else text, "", None)
                 if other and other.digest == picture.digest:
                     raise InputError(
                         f"{file} and the picture after it are the same; one's control is not wrong for the other."
@@ -207,8 +233,9 @@ class _Run:
                 jobs.append((name, place, key, place < self.drawn))
         for name, place, key, wanted in tracked(verb)(jobs, len(found)):
             picture, images, keep = ds.read(self.files[place]), {}, {} if wanted else None
+            told = {"curve": key.key.endswith("/curve")} if curve else {}
             try:
-                record = meter.record(picture, self._other(place), keep=keep)
+                record = meter.record(picture, self._other(place), keep=keep, **told)
             except InputError as error:
                 self.failed[name] = str(error)
                 continue
@@ -291,14 +318,15 @@ def print_ranking(result: Any, console: Console) -> None:
 
     for site in result.sites:
         table = Table(title=f"{site} at t = {result.times[0]}", title_justify="left", box=None, pad_edge=False)
-        for column in ("technique", "score", "> 0", "diff", "over plain", "> plain"):
+        diff = "diff / norm" if result.settings.get("normalise") else "diff"
+        for column in ("technique", "score", "> 0", diff, "over plain", "> plain"):
             table.add_column(column, justify="left" if column == "technique" else "right")
         for row in result.ranking(site):
             over = with_interval(row.gain, row.gain_interval, "+.3f"), f"{row.better:.0%}"
             own = with_interval(row.score, row.score_interval, ".2f"), f"{row.positive:.0%}", f"{row.diff:.4g}"
             table.add_row(escape(row.technique), *own, *(over if row.technique != "plain" else ()))
         console.print(table)
-        for name in result.techniques:
+        for name in (row.technique for row in result.rows if (row.site, row.t) == (site, result.times[0])):
             if name.startswith(WRONG):
                 own = name.removeprefix(WRONG)
                 mean, ends, share = result.against(own, name, site)
@@ -318,6 +346,8 @@ def print_ranking(result: Any, console: Console) -> None:
 
 def print_gate(result: Any, console: Console) -> None:
     """Verdicts and changes against plain."""
+    from denoscope.features.likeness import FEWEST
+
     table = Table(
         title=f"image-to-image at strength {result.settings['strength']:g}, change against plain",
         title_justify="left", box=None, pad_edge=False,
@@ -330,6 +360,9 @@ def print_gate(result: Any, console: Console) -> None:
             cells = [with_interval(row.changes[name], row.intervals[name], form) for name, (_, form) in titles.items()]
             table.add_row(escape(row.technique), row.verdict, *cells)
     console.print(table)
+    if (count := len(result.records)) < FEWEST and len(result.rows) > 1:
+        number = "One picture tells" if count == 1 else f"{count} pictures tell"
+        print(f"{number} too little of others for a verdict; give at least {FEWEST}.")
 
 
 def with_interval(mean: float, ends: tuple[float, float] | None, form: str) -> str:

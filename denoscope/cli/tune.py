@@ -31,6 +31,9 @@ def tune(
     masks: Annotated[
         Path | None, typer.Option(help="Folder of pictures with masks, as for 'denoscope segment --examples'.")
     ] = None,
+    ignore: Annotated[
+        int | None, typer.Option(help="Number in masks of what does not count (default 255, as for 'segment').")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A setting of the pairs, NAME=VALUE, as for 'denoscope bench'.")
     ] = None,
@@ -85,7 +88,9 @@ def tune(
         raise InputError(f"--out {out} must end in .toml or .json.")
     if settings and not pairs:
         raise InputError("--set is for --pairs.")
-    task = _task(pairs, masks, images or [], settings or [], limit, seed)
+    if ignore is not None and not masks:
+        raise InputError("--ignore is for --masks.")
+    task = _task(pairs, masks, images or [], settings or [], limit, 255 if ignore is None else ignore, seed)
     named = read_techniques(techniques) if techniques else None
     asked: dict[str, Any] = {
         "times": numbers(t, "--t") if t else None,
@@ -116,6 +121,7 @@ def _task(
     images: Sequence[Path],
     settings: Sequence[str],
     limit: int | None,
+    ignore: int,
     seed: int,
 ) -> Any:
     from denoscope.benchmarks.pairs import open_pairs
@@ -131,7 +137,7 @@ def _task(
         data = open_pairs(pairs)
         return PairsTask(replace(data, **_given(data, settings)) if settings else data, limit)
     if masks is not None:
-        return MasksTask(read_examples(masks))
+        return MasksTask(read_examples(masks, ignore))
     return UnlabelledTask(image_files(images), seed=seed)
 
 

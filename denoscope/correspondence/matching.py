@@ -13,6 +13,7 @@ from denoscope.correspondence.matches import Matches
 from denoscope.correspondence.mirroring import RegionLike, align_flip, mirror, unmirrored
 from denoscope.errors import InputError
 from denoscope.features import FeatureMap, as_extractor, paired
+from denoscope.features.sets import check_words, worded
 from denoscope.images import Frame, Points, PointsLike, read
 
 TIE = 1e-6  # cosines this close to the best are ties, broken by row-major order; float noise must not decide
@@ -36,7 +37,7 @@ def transfer(
     soft_window: when positive, the softmax-weighted mean position (`temperature`) within this many feature cells of the best
         pixel replaces it (soft-argmax, as in GeoAware-SC, arXiv 2311.17034).
     cycle: also transfer every match back and report its distance in pixels from the point it started from.
-    force: compare maps made with different models, timesteps or sites anyway.
+    force: compare maps made with different models, timesteps, sites or (attention features) prompts anyway.
 
     Joint features with a PCA are reduced together first (see `features.paired`).
 
@@ -104,6 +105,8 @@ def comparable(source: FeatureMap, target: FeatureMap, force: bool = False) -> N
             raise InputError(
                 f"The maps were made with different {key} ({one} and {other}); pass force=True if it is meant."
             )
+    for (name, one), (_, other) in () if force else zip(worded(source.recipe), worded(target.recipe), strict=False):
+        check_words([name], (one, other), "make both maps with one prompt")
 
 
 def transfer_aligned(

@@ -66,7 +66,11 @@ class DiTDenoiser(TransformerDenoiser):
                 raise
             output = None
         if not square or output is None:
-            raise InputError(f"{self.name} predicts the noise of squares only; only its sites can be read here.")
+            side = max(noisy.shape[-2:]) * self.stride
+            raise InputError(
+                f"{self.name} predicts the noise of squares only, which sampling, image-to-image and denoise_from take; give a "
+                f"square size, such as {side} (of other sizes, sites alone can be read)."
+            )
         return output
 
     def _arguments(self, noisy: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:

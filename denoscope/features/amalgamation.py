@@ -84,7 +84,7 @@ def amalgamate(
         one = aggregate(maps if kind == "concat" else [standardised(fm) for fm in maps])
         if components is not None:
             whole = Joined.of([one, attention] if attention else [one], components=components)
-            return replace(whole, recipe={**whole.recipe, **_told(maps, how)})
+            return replace(whole, recipe={**whole.recipe, **_told(maps, how, attention)})
     elif isinstance(how, Assigners):
         one = _learned(maps, how, attention)
     else:
@@ -92,7 +92,7 @@ def amalgamate(
         one = replace(maps[0], values=x.mean(0))
     if attention is not None and not isinstance(how, Assigners):
         one = aggregate([one, attention])
-    return replace(one, recipe={**maps[0].recipe, **_told(maps, how)})
+    return replace(one, recipe={**maps[0].recipe, **_told(maps, how, attention)})
 
 
 def parse_how(how: str) -> tuple[str, int | None]:
@@ -104,9 +104,10 @@ def parse_how(how: str) -> tuple[str, int | None]:
     raise InputError(f"There is no way {how!r} to amalgamate; write mean, concat, standard, pca:N or a weights file.")
 
 
-def _told(maps: Sequence[FeatureMap], how: "str | Assigners") -> dict[str, Any]:
+def _told(maps: Sequence[FeatureMap], how: "str | Assigners", attention: FeatureMap | None) -> dict[str, Any]:
     told = how if isinstance(how, str) else how.describe()
-    return {"amalgam": told, "shapes": [list(fm.values.shape) for fm in maps], "members": [fm.recipe for fm in maps]}
+    found = {"amalgam": told, "shapes": [list(fm.values.shape) for fm in maps], "members": [fm.recipe for fm in maps]}
+    return found if attention is None else {**found, "attention": attention.recipe}
 
 
 def _learned(maps: Sequence[FeatureMap], assigners: "Assigners", attention: FeatureMap | None) -> FeatureMap:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from denoscope.denoisers.protocol import Denoiser
 from denoscope.errors import InputError
 from denoscope.features.recipe import Recipe, recipe, resolve_size
-from denoscope.features.technique import contents, shown
+from denoscope.features.technique import contents, shown, without_edges
 from denoscope.features.weights import versions, weights_digest
 from denoscope.images import Picture, write
 
@@ -47,13 +47,13 @@ def base_recipe(denoiser: Denoiser, **settings: Any) -> Recipe:
 def common_settings(denoiser: Denoiser, base: Recipe) -> dict[str, Any]:
     """What decides the numbers beside techniques and choices, as JSON values."""
     config = denoiser.schedule.config
-    told = base.described()
+    told = {**base.described(), "pool": base.pool}
     return {
         "model": denoiser.name,
-        "weights": weights_digest(denoiser.network),
+        "weights": weights_digest(denoiser),
         "dtype": str(denoiser.dtype).removeprefix("torch."),
         "scheduler": {k: v for k, v in config.items() if isinstance(v, str | int | float | bool | None)},
-        **{key: told[key] for key in ("preset", "size", "resample", "adaln", "massive")},
+        **{key: told[key] for key in ("preset", "size", "resample", "adaln", "massive", "pool")},
         "versions": dict(versions()),
     }
 
@@ -108,9 +108,10 @@ def of_another(
             if other is None:
                 raise InputError(f"{name!r} needs another picture, whose control is shown in the wrong place.")
             size, moved = resolve_size(one.size, picture.size, denoiser.multiple, denoiser.minimum), []
-            for k, control in enumerate(one.control):
-                path = write(shown(control, other, size, one.resample), folder / f"{len(found)}-{k}.png")
-                moved.append(replace(control, image=str(path)))
+            for control in one.control:
+                if not without_edges(control, seen := shown(control, other, size, one.resample)):
+                    path = write(seen, folder / f"{seen.digest}.png")
+                    moved.append(replace(control, image=str(path)))
             one = replace(one, control=tuple(moved))
         found[name] = one
     return found

@@ -69,10 +69,8 @@ def check_options(neighbours: int, padding: str) -> None:
 def diff(ref: Map, feat: Map, normalise: bool = False, **options: Any) -> float:
     """Eq. 1. normalise: divided by the sum of |Lap(ref)|, so that sites can be compared. options: of `structure`."""
     one, two = (structure(values, **options) for values in _alike(ref, feat))
-    total, own = difference(one, two), one.sum().item()
-    if normalise and own == 0:
-        raise InputError("The reference has no structure (one vector everywhere), so nothing can be divided by it.")
-    return total / own if normalise else total
+    total = difference(one, two)
+    return float(normalised([total], [one.sum().item()])[0]) if normalise else total
 
 
 def score(ref: Map, feat: Map, anchor: Map, **options: Any) -> float:
@@ -89,6 +87,17 @@ def score(ref: Map, feat: Map, anchor: Map, **options: Any) -> float:
 def difference(ref: Structure, feat: Structure) -> float:
     """Eq. 1, of structures."""
     return (ref - feat).abs().sum().item()
+
+
+def normalised(diffs: Sequence[float], norms: Sequence[float]) -> np.ndarray:
+    """Eq. 1 as a share of the reference's own structure, so that sites can be compared. norms: sums of |Lap(ref)|.
+
+    Raises InputError for a reference without structure.
+    """
+    own = np.asarray(norms)
+    if not own.all():
+        raise InputError("The reference has no structure (one vector everywhere), so nothing can be divided by it.")
+    return np.asarray(diffs) / own
 
 
 def scores(diffs: Sequence[float], anchors: Sequence[float]) -> np.ndarray:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from denoscope.denoisers.protocol import ControlInput, Denoiser
 from denoscope.errors import InputError
-from denoscope.features.recipe import Recipe
+from denoscope.features.recipe import Recipe, start_of
 from denoscope.sampling.guidance import ClassifierFree
 from denoscope.sampling.sampler import trajectory
 from denoscope.sampling.solvers import DiffusersSolver, Evaluation, make_solver
@@ -24,13 +24,19 @@ def effective(denoiser: Denoiser, chosen: Recipe, t: int) -> int:
 
     "exact": t itself. "gdf": that of the published extractor (generic-diffusion-feature), which takes 1000 steps of the model's
     own scheduler and cuts them by strength t / 1000: 50 becomes 51 with PNDM (steps_offset 1), 49 with Euler. Where it denoises
-    first, the last of these timesteps that is not below t.
+    first, the last of these timesteps that is not below t. Strength 0 leaves none of them: t = 0 is 0, as in "exact".
+
+    Raises InputError for a model without a scheduler of its own: no published code cuts its steps by strength.
     """
     if chosen.timestep_mode == "exact":
         return t
-    _, evaluations = _published(denoiser, t if chosen.denoise_from is None else chosen.denoise_from)
+    start = start_of(chosen.denoise_from, t)
+    solver = _own(denoiser)
+    if t == 0 and not start:
+        return 0
+    evaluations = _cut(denoiser, solver, t if start is None else start)
     told = [_index(denoiser, one) for one in evaluations]
-    if chosen.denoise_from is None:
+    if start is None:
         return told[0]
     if told[0] < t:
         raise InputError(
@@ -57,15 +63,18 @@ def denoised(
 
     Raises InputError when the start is too near for the published scheduler (PNDM takes its first step twice).
     """
-    assert chosen.denoise_from is not None
-    if not controls and chosen.denoise_from > chosen.t:
+    start = chosen.denoise_start
+    assert start is not None
+    if start == 0:
+        return denoiser.schedule.add_noise(x0, eps, 0)
+    if not controls and start > chosen.t:
         warnings.warn("Denoising without a ControlNet brings the content shift back; add control=.", stacklevel=2)
     steps = len(denoiser.schedule)
     if chosen.timestep_mode == "gdf":
-        solver, evaluations = _published(denoiser, chosen.denoise_from)
-        strength = chosen.denoise_from / steps
+        solver = _own(denoiser)
+        evaluations, strength = _cut(denoiser, solver, start), start / steps
     else:
-        solver, strength = _every_timestep(denoiser), (chosen.denoise_from + 0.5) / steps
+        solver, strength = _every_timestep(denoiser), (start + 0.5) / steps
         strength += 1 / steps  # timestep 0 is a step too
         evaluations = solver.begin(steps, torch.device("cpu"), strength)
     target = effective(denoiser, chosen, chosen.t)
@@ -129,15 +138,22 @@ def _sampled(
     )
 
 
-def _published(denoiser: Denoiser, t: int) -> tuple[DiffusersSolver, list[Evaluation]]:
-    """The model's own scheduler cut by strength t / 1000, as its image-to-image pipeline does."""
+def _own(denoiser: Denoiser) -> DiffusersSolver:
+    """The model's own scheduler."""
     config = dict(denoiser.schedule.config)
     name = config.get("_class_name")
     if name is None:
-        raise InputError(f'{denoiser.name} comes without a scheduler of its own; use timestep_mode="exact".')
-    solver = DiffusersSolver(getattr(diffusers, name).from_config(config))
+        raise InputError(
+            f"{denoiser.name} comes without a scheduler of its own, which says at what timesteps the published code reads; use "
+            'timestep_mode="exact", as published code reads such models.'
+        )
+    return DiffusersSolver(getattr(diffusers, name).from_config(config))
+
+
+def _cut(denoiser: Denoiser, solver: DiffusersSolver, t: int) -> list[Evaluation]:
+    """The scheduler's steps cut by strength t / 1000, as image-to-image pipelines do."""
     steps = len(denoiser.schedule)
-    return solver, solver.begin(steps, torch.device("cpu"), t / steps)
+    return solver.begin(steps, torch.device("cpu"), t / steps)
 
 
 def _every_timestep(denoiser: Denoiser) -> DiffusersSolver:

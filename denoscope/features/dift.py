@@ -10,6 +10,7 @@ techniques (the published code encodes every copy), prompts, timesteps, draws an
 the network stops inside the forward pass as soon as the last site has been seen.
 """
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from denoscope.denoisers.control import control_input, load_control
+from denoscope.denoisers import winograd
 from denoscope.denoisers.lora import adapters
 from denoscope.denoisers.noise import Noise
 from denoscope.denoisers.protocol import Condition, Denoiser, Posterior
@@ -34,14 +35,14 @@ from denoscope.features.fusing import concatenate
 from denoscope.features.prompts import resolve
 from denoscope.features.recipe import Recipe, Size, recipe, resolve_size, varied
 from denoscope.features.sets import Reading, expand, readings
-from denoscope.features.technique import shown
+from denoscope.features.technique import control_inputs
 from denoscope.features.weights import versions, weights_digest
 from denoscope.images import Frame, Picture
 from denoscope.sampling.sampler import pools
 from denoscope.sites import Watch
 
 __all__ = [
-    "Recipe", "Size", "feature_maps", "feature_sets", "member_maps", "recipe", "resolve_size", "varied",
+    "Recipe", "Size", "ensemble_maps", "feature_maps", "feature_sets", "member_maps", "recipe", "resolve_size", "varied",
 ]  # fmt: skip
 
 _CELLS_AT_ONCE = 4 * 96 * 96  # latent cells per forward pass on the CPU: four members of a 768 px picture
@@ -111,13 +112,26 @@ def member_maps(
     noise: Draws = None,
     seed: int = 0,
     chunk: int | None = None,
-    running: bool = False,
 ) -> Iterator[tuple[str, int, Values]]:
-    """As `feature_sets`, but every member of the ensembles by itself, as it comes: (recipe name, member, values by site).
+    """As `feature_sets`, but every member of the ensembles by itself, as it comes: (recipe name, member, values by site)."""
+    for key, member, own, _ in ensemble_maps(
+        denoiser, picture, recipes, sites=sites, noise=noise, seed=seed, chunk=chunk
+    ):
+        yield key, member, own
 
-    running: instead of each member, the features of the ensemble of those so far (which for treated transformer blocks are not
-    the mean of the members' features).
-    """
+
+def ensemble_maps(
+    denoiser: Denoiser,
+    picture: Picture,
+    recipes: Mapping[str, Recipe],
+    *,
+    sites: Sequence[str] | None = None,
+    noise: Draws = None,
+    seed: int = 0,
+    chunk: int | None = None,
+) -> Iterator[tuple[str, int, Values, Values]]:
+    """As `member_maps`, and with every member the features of the ensemble of those so far (which for treated transformer
+    blocks are not the mean of the members' features): (recipe name, member, its values by site, those of the ensemble)."""
     if several := [one.size for one in recipes.values() if isinstance(one.size, str) and "+" in one.size]:
         raise InputError(f"Members of ensembles are read at one size, not at {several[0]}.")
     work = _Work(denoiser, picture, recipes, sites, noise, seed)
@@ -128,12 +142,12 @@ def member_maps(
         held[t] = values
         if len(held) == len(plan.times):
             del waiting[key, member]
-            if running:  # members come in their order
-                before = sums.get(key)
-                held = {t: {s: v + before[t][s] if before else v for s, v in one.items()} for t, one in held.items()}
-                sums[key] = held
-                held = {t: {s: v / (member + 1) for s, v in one.items()} for t, one in held.items()}
-            yield key, member, {site: plan.finish(work, site, held)[0] for site in plan.sites}
+            before = sums.get(key)  # members come in their order
+            total = {t: {s: v + before[t][s] if before else v for s, v in one.items()} for t, one in held.items()}
+            sums[key] = total
+            mean = {t: {s: v / (member + 1) for s, v in one.items()} for t, one in total.items()}
+            own, whole = ({s: plan.finish(work, s, one)[0] for s in plan.sites} for one in (held, mean))
+            yield key, member, own, whole
 
 
 def _encoded(denoiser: Denoiser, picture: Picture, size: tuple[int, int], resample: Any) -> Posterior:
@@ -173,7 +187,7 @@ class _Plan:
     posterior: Posterior
     prompt: str | int | None
     condition: Condition
-    unconditional: Condition | None
+    unconditional: Condition | None  # None where there is no guidance, or nothing to guide towards
     times: tuple[int, ...]
     draws: dict[int, Noise | None]
     treatments: dict[tuple[str, int], "_Treatment"]
@@ -184,12 +198,16 @@ class _Plan:
         return tuple(self.posterior.mean.shape[1:])
 
     @property
+    def guidance(self) -> int | float | None:
+        return None if self.unconditional is None else self.recipe.guidance
+
+    @property
     def clean(self) -> bool:
         return all(noise is None for noise in self.draws.values())
 
     def rows(self, key: Any, noisy: Mapping[int, Tensor]) -> Iterator[_Row]:
         """noisy: what the network is fed at every timestep, a row for each member."""
-        s = self.recipe.guidance
+        s = self.guidance
         for t in self.times:
             for member in range(self.recipe.ensemble):
                 one = noisy[t][member : member + 1]
@@ -242,6 +260,7 @@ class _Plan:
             **treatment,
             **{name: value for name, value in chosen.described().items() if name in _EXTRA},
             "dtype": str(work.denoiser.dtype).removeprefix("torch."),
+            **({"convolutions": "winograd"} if winograd.active() else {}),
             "picture": str(work.picture.path) if work.picture.path else None,
             "versions": dict(versions()),
         }
@@ -250,7 +269,8 @@ class _Plan:
 
 
 _EXTRA = (
-    "control", "lora", "denoise_from", "img2img", "second_t", "guidance", "timestep_mode", "pool", "long_prompts",
+    "control", "lora", "denoise_from", "denoise_start", "img2img", "second_t", "guidance", "timestep_mode", "pool",
+    "long_prompts",
 )  # fmt: skip
 
 
@@ -315,7 +335,7 @@ class _Work:
         for one in starts:
             plan, chosen = self.plans[one.key], self.plans[one.key].recipe
             if getattr(chosen, setting) is not None and one.eps is not None:
-                alike = (chosen.t, chosen.img2img, chosen.denoise_from, chosen.guidance, chosen.timestep_mode)
+                alike = (chosen.t, chosen.img2img, chosen.denoise_start, plan.guidance, chosen.timestep_mode)
                 groups[alike, plan.shape, _length(plan.condition), plan.prompt is None].append(one)
         for group in groups.values():
             plans = [self.plans[one.key] for one in group]
@@ -325,12 +345,11 @@ class _Work:
             seeds = [member for n in counts for member in range(n)]  # of schedulers that draw noise themselves
             x, eps = torch.cat([one.x for one in group]), torch.cat([one.eps for one in group if one.eps is not None])
             limit, made = chunk or _rows_at_once(self.denoiser, plans[0].shape), []
+            chosen = replace(plans[0].recipe, guidance=plans[0].guidance)
             for k in range(0, len(x), limit):
                 rows = slice(k, k + limit)
                 controls = [control.rows(rows) for control in told.controls]
-                made.append(
-                    sampling(self.denoiser, x[rows], eps[rows], plans[0].recipe, prompts[rows], controls, seeds[rows])
-                )
+                made.append(sampling(self.denoiser, x[rows], eps[rows], chosen, prompts[rows], controls, seeds[rows]))
             for one, latents in zip(group, torch.cat(made).split(counts), strict=True):
                 one.x = latents
 
@@ -351,16 +370,14 @@ class _Work:
         unconditional = None if chosen.guidance is None else denoiser.condition(None)
         if unconditional is not None and _length(unconditional) != _length(condition):  # as long as a prompt in pieces
             unconditional = denoiser.condition(["", str(prompt)]).rows(slice(1))
-        given = []
-        for control in chosen.control:
-            network = load_control(control.model, denoiser)
-            given.append(
-                control_input(denoiser, network, shown(control, picture, size, chosen.resample), size, control.scale)
-            )
-        if given:
-            condition = replace(condition, controls=tuple(given))
+        if given := control_inputs(denoiser, chosen.control, picture, size, chosen.resample):
+            condition = replace(condition, controls=given)
             away = tuple(one for one in given if not pools(one))  # as in sampling
             unconditional = unconditional and replace(unconditional, controls=away)
+        if unconditional is not None and same(condition, unconditional):
+            unconditional = None
+            if chosen.guidance != 1:
+                warn_idle()
         times = tuple(
             dict.fromkeys(effective(denoiser, chosen, t) for t in (chosen.t, chosen.second_t) if t is not None)
         )
@@ -426,6 +443,22 @@ class _Work:
                 yield *which, sums.pop(which)
 
 
+def same(one: Condition, two: Condition) -> bool:
+    """Whether two conditions of one model tell the network the same, with the same ControlNets."""
+    told = [{"": x.tokens, **x.extra} if x.tokens is not None else dict(x.extra) for x in (one, two)]
+    if told[0].keys() != told[1].keys() or [c.network for c in one.controls] != [c.network for c in two.controls]:
+        return False
+    pairs = [(told[0][name], told[1][name]) for name in told[0]]
+    return all(a.device.type != "meta" and a.shape == b.shape and a.equal(b) for a, b in pairs)
+
+
+def warn_idle() -> None:
+    warnings.warn(
+        "Guidance has no effect without something to guide towards; give a prompt (or class number), or leave it out.",
+        stacklevel=3,
+    )
+
+
 def _length(condition: Condition) -> int | None:
     """Of the prompt, in tokens."""
     return None if condition.tokens is None else condition.tokens.shape[1]
@@ -442,7 +475,7 @@ def _treatments(
         [site for site in sites if ditf.applies(denoiser, site)] if chosen.adaln or chosen.massive != "keep" else []
     )
     widths = {site.name: site.channels for site in denoiser.sites()} if streams else {}
-    weights = weights_digest(denoiser.network) if streams and chosen.lora else ""
+    weights = weights_digest(denoiser) if streams else ""
     found: dict[tuple[str, int], _Treatment] = {}
     for site, t in product(streams, times):
         channels = ditf.channels_to_zero(denoiser, chosen.massive, site, t, widths[site], weights)

@@ -52,7 +52,7 @@ class Dift:
     def describe(self) -> dict[str, Any]:
         dtype = str(self.denoiser.dtype).removeprefix("torch.")
         noise = "given" if isinstance(self.noise, Noise) else self.noise or self.recipe.noise
-        own = {"model": self.name, "weights": weights_digest(self.denoiser.network), "dtype": dtype}
+        own = {"model": self.name, "weights": weights_digest(self.denoiser), "dtype": dtype}
         files = contents(self.recipe.prompt, self.recipe.control, self.recipe.lora)
         seed = self.seed if self.recipe.seed is None else self.recipe.seed
         return {**own, **self.recipe.described(), "seed": seed, "noise": noise, **({"files": files} if files else {})}

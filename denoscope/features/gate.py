@@ -20,7 +20,6 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from denoscope.denoisers.control import control_input, load_control
 from denoscope.denoisers.lora import adapters
 from denoscope.denoisers.noise import Noise
 from denoscope.denoisers.protocol import ControlInput, Denoiser
@@ -41,11 +40,11 @@ from denoscope.features.compared import (
     of_another,
     wrongly,
 )
-from denoscope.features.dift import _rows_at_once
-from denoscope.features.likeness import MARGINS, MEASURES, verdict
+from denoscope.features.dift import _rows_at_once, same, warn_idle
+from denoscope.features.likeness import FEWEST, MARGINS, MEASURES, verdict
 from denoscope.features.prompts import resolve
 from denoscope.features.recipe import Recipe, resolve_size, varied
-from denoscope.features.technique import shown
+from denoscope.features.technique import control_inputs
 from denoscope.images import Picture, read, save_result
 from denoscope.images.draw_shift import bars
 from denoscope.sampling.guidance import ClassifierFree
@@ -95,7 +94,7 @@ class Gatekeeper:
         **settings: Any,
     ) -> None:
         self.denoiser, self.choices = denoiser, choices or GateChoices()
-        self.base = base_recipe(denoiser, **settings)
+        self.base = base_recipe(denoiser, **{**settings, "t": 0})  # nothing is read: denoise_from may start anywhere
         self.recipes = {name: varied(denoiser, self.base, own) for name, own in completed(techniques).items()}
         if wrong_control:
             self.recipes |= wrongly(self.recipes)
@@ -148,6 +147,9 @@ class Gatekeeper:
                     continue
                 prompt = resolve(one.prompt, picture)
                 guidance = chosen.guidance if one.guidance is None else one.guidance
+                if guidance not in (None, 1) and self._idle(prompt, one):
+                    warn_idle()
+                    guidance = None
                 apart = prompt if one.long_prompts == "chunks" else None  # pieces are padded to the longest of a batch
                 alike = (one.control, one.lora, guidance, one.long_prompts, prompt is None, apart)
                 groups.setdefault(alike, {}).setdefault(prompt, []).append(name)
@@ -157,17 +159,19 @@ class Gatekeeper:
                         stack.enter_context(adapters(denoiser, [(lora.path, lora.scale) for lora in loras]))
                     if long == "chunks":
                         stack.enter_context(long_prompts(denoiser))
-                    given = [
-                        control_input(denoiser, load_control(one.model, denoiser),
-                                      shown(one, picture, size, self.base.resample), size, one.scale)
-                        for one in controls
-                    ]  # fmt: skip
+                    given = control_inputs(denoiser, controls, picture, size, self.base.resample)
                     rows = [(prompt, k) for prompt in names for k in range(n)]
                     done = self._sampled(rows, start, eps, given, guidance, together=long == "cut")
                 for i, same in enumerate(names.values()):
                     found |= dict.fromkeys(same, done[i * n : (i + 1) * n])
         ordered = {name: found[name] for name in self.recipes if name in found}
         return {"input": pixels[None] / 2 + 0.5, **ordered}
+
+    def _idle(self, prompt: Any, one: Recipe) -> bool:
+        """Whether guidance has nothing to guide towards."""
+        if prompt != "" or one.control:  # ControlNets that pool act on the conditional prediction alone
+            return prompt is None
+        return same(self.denoiser.condition([prompt]), self.denoiser.condition(None))  # not so for SDXL
 
     def _sampled(
         self,
@@ -263,7 +267,7 @@ class Gate:
             rows.append(
                 GateRow(
                     name,
-                    "" if name == PLAIN else verdict(spans, margins),
+                    "" if name == PLAIN else verdict(spans, margins, len(records)),
                     {m: float(found.mean()) for m, found in values.items()},
                     {m: float(found.mean()) for m, found in change.items()},
                     spans,
@@ -271,7 +275,8 @@ class Gate:
                 )
             )
         told = {**settings, "interval": {"kind": "bootstrap over pictures and their seeds, percentiles", "level": LEVEL,
-                                         "resamples": RESAMPLES, "seed": seed}}  # fmt: skip
+                                         "resamples": RESAMPLES, "seed": seed},
+                "fewest_pictures": FEWEST}  # fmt: skip
         return cls(tuple(rows), tuple(records), told)
 
     def draw(self) -> Image.Image:

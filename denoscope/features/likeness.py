@@ -12,6 +12,7 @@ Pixels = Float[Tensor, "3 height width"]
 MARGINS = {"psnr": 0.1, "ssim": 0.005, "edge_f1": 0.01}  # dB, and shares: what is smaller counts as no change
 _MOST = 100.0  # dB, of two images that are equal
 VERDICTS = ("helps", "no effect", "hurts", "undecided")
+FEWEST = 6  # pictures: intervals from fewer say nothing of others (tests/test_gate.py: of one picture, half are wrong)
 
 
 def psnr(one: Pixels, two: Pixels) -> float:
@@ -50,14 +51,20 @@ def edges(pixels: Pixels, low: int | float = 100, high: int | float = 200) -> Bo
 MEASURES: dict[str, Callable[[Tensor, Tensor], float]] = {"psnr": psnr, "ssim": ssim, "edge_f1": edge_f1}
 
 
-def verdict(changes: Mapping[str, tuple[float, float] | None], margins: Mapping[str, int | float] | None = None) -> str:
-    """What intervals of the change of each measure say together.
+def verdict(
+    changes: Mapping[str, tuple[float, float] | None],
+    margins: Mapping[str, int | float] | None = None,
+    pictures: int = FEWEST,
+) -> str:
+    """What intervals of the change of each measure, over so many pictures, say together.
 
     An interval within the margins around 0 is no change. "no effect": all of them are that. "helps": at least two others lie
-    above 0 and none below. "hurts": at least two lie below 0 and none above. Anything else, and anything without an interval,
-    is "undecided".
+    above 0 and none below. "hurts": at least two lie below 0 and none above. Anything else, anything without an interval, and
+    anything from fewer than `FEWEST` pictures, is "undecided".
     """
     margins = {**MARGINS, **(margins or {})}
+    if pictures < FEWEST:
+        return "undecided"
     signs = []
     for name, span in changes.items():
         if span is None:

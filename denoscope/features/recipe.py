@@ -1,7 +1,7 @@
 """`Recipe`: what is read from a denoiser and how it is told, all decided; and the sizes that pictures are resized to."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -9,7 +9,7 @@ from denoscope.denoisers.protocol import Denoiser
 from denoscope.errors import InputError
 from denoscope.features import ditf
 from denoscope.features.presets import NAMES, PRESETS
-from denoscope.features.prompts import needs_picture
+from denoscope.features.prompts import check_prompt, needs_picture
 from denoscope.features.sets import attends_words, expand
 from denoscope.features.technique import Control, Lora, check_kinds, controls, loras
 from denoscope.images.picture import MAX_PIXELS, Resample
@@ -18,11 +18,13 @@ Size = int | str | tuple[int, int]
 _TECHNIQUES = 10  # fields of Recipe before its techniques
 _NUMBER, _WHOLE, _TEXT = (int, float), (int,), (str,)
 _KINDS: dict[tuple[type, ...], tuple[str, tuple[str, ...]]] = {
-    _WHOLE: ("a whole number", ("t", "ensemble", "seed", "denoise_from", "second_t", "pool")),
+    _WHOLE: ("a whole number", ("t", "ensemble", "seed", "second_t", "pool")),
     _NUMBER: ("a number", ("img2img", "guidance")),
     _TEXT: ("text", ("site", "noise", "massive", "resample", "timestep_mode", "long_prompts")),
     (str, int): ("text or a class number", ("prompt",)),
+    (int, str): ('a timestep, or text such as "+10" (10 above t)', ("denoise_from",)),
 }
+_ABOVE = re.compile(r"\+\d+")  # of denoise_from: timesteps above t
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,9 @@ class Recipe:
 
     The rest are techniques (Meng et al., arXiv 2410.06719), which compose:
     control, lora: see `technique`. seed: of the draws, in the place of the caller's. denoise_from: the noise of this timestep
-    is added and sampled away down to t before reading ("short denoising"). img2img: strength with which the picture is
-    repainted, as the model is told, before it is noised and read. second_t: read there too, and average. guidance: s of
-    f_uncond + s (f_cond - f_uncond), for the features and for the steps of denoise_from and img2img.
+    ("+10": of that 10 above t) is added and sampled away down to t before reading ("short denoising"). img2img: strength with
+    which the picture is repainted, as the model is told, before it is noised and read. second_t: read there too, and average.
+    guidance: s of f_uncond + s (f_cond - f_uncond), for the features and for the steps of denoise_from and img2img.
     timestep_mode: "exact", or "gdf" for the timesteps that the published code reaches when it is asked for t.
     pool: maps are averaged down to h // pool. long_prompts: "cut" to the tokens that fit, or "chunks" of them.
     """
@@ -54,13 +56,18 @@ class Recipe:
     control: tuple[Control, ...] = ()
     lora: tuple[Lora, ...] = ()
     seed: int | None = None
-    denoise_from: int | None = None
+    denoise_from: int | str | None = None
     img2img: int | float | None = None
     second_t: int | None = None
     guidance: int | float | None = None
     timestep_mode: str = "exact"
     pool: int = 1
     long_prompts: str = "cut"
+
+    @property
+    def denoise_start(self) -> int | None:
+        """The timestep that `denoise_from` means."""
+        return start_of(self.denoise_from, self.t)
 
     def settings(self) -> dict[str, Any]:
         """Its fields; techniques that are not used are left out."""
@@ -71,8 +78,9 @@ class Recipe:
         }
 
     def described(self) -> dict[str, Any]:
-        """`settings` as JSON values."""
+        """`settings` as JSON values; and `denoise_start`, where `denoise_from` does not say it."""
         told = self.settings()
+        told |= {"denoise_start": self.denoise_start} if isinstance(self.denoise_from, str) else {}
         lists = {name: [one.described() for one in told[name]] for name in ("control", "lora") if name in told}
         return {**told, **lists, "size": list(self.size) if isinstance(self.size, tuple) else self.size}
 
@@ -98,7 +106,8 @@ def recipe(
     technique: the other fields of `Recipe`; ControlNets and LoRAs also as text or tables, see `technique`.
 
     Raises InputError for unknown presets and sites, timesteps outside the schedule, empty ensembles, a treatment of
-    transformer blocks where there is none, and techniques that contradict each other.
+    transformer blocks where there is none, techniques that contradict each other, and prompts that no picture can have;
+    MissingError when their file or captioning model is not there.
     """
     presets: Mapping[str, Any] = {**PRESETS.get(denoiser.family, {}), **denoiser.presets}
     name = preset or "semantic"
@@ -140,13 +149,24 @@ def recipe(
     chosen = Recipe(**{"adaln": block, "massive": "zero" if block else "keep", **settings, "preset": name})
     if chosen.noise not in ("drawn", "none"):
         raise InputError(f'noise is "drawn" or "none", not {chosen.noise!r}.')
-    for timestep in (chosen.t, chosen.denoise_from, chosen.second_t):
+    for timestep in (chosen.t, chosen.denoise_start, chosen.second_t):
         if timestep is not None:
             denoiser.schedule.check(timestep)
     if not isinstance(chosen.ensemble, int) or chosen.ensemble < 1:
         raise InputError(f"The ensemble needs at least 1 member, not {chosen.ensemble}.")
     _check_techniques(chosen)
+    check_prompt(chosen.prompt)
     return chosen
+
+
+def check_settings(settings: Mapping[str, Any], where: str = "") -> None:
+    """InputError, beginning with `where`, for settings of a wrong kind, and for techniques that there are not."""
+    check_kinds(settings, _KINDS, where)
+    strength, long_prompts = settings.get("img2img"), settings.get("long_prompts")
+    if strength is not None and not 0 < strength <= 1:
+        raise InputError(f"{where}The strength of img2img lies between 0 and 1, not at {strength}.")
+    if long_prompts not in (None, "cut", "chunks"):
+        raise InputError(f"{where}long_prompts is cut or chunks, not {long_prompts!r}.")
 
 
 def _check_techniques(chosen: Recipe) -> None:
@@ -159,15 +179,59 @@ def _check_techniques(chosen: Recipe) -> None:
         raise InputError(f"The strength of img2img lies between 0 and 1, not at {chosen.img2img}.")
     if chosen.guidance is not None and not 0 <= chosen.guidance < float("inf"):
         raise InputError(f"The guidance scale is a number from 0, not {chosen.guidance}.")
-    if chosen.denoise_from is not None:
-        if chosen.denoise_from < chosen.t:
+    if chosen.denoise_start is not None:
+        if chosen.denoise_start < chosen.t:
             raise InputError(
-                f"denoise_from is the timestep where denoising starts; {chosen.denoise_from} lies below t = {chosen.t}."
+                f"denoise_from = {chosen.denoise_from} lies below t = {chosen.t}, and denoising goes down; start higher, or "
+                'relative to t, as text: "+10".'
             )
         if chosen.second_t is not None:
             raise InputError("denoise_from ends at one timestep; leave out second_t.")
     if chosen.noise == "none" and (chosen.denoise_from, chosen.second_t, chosen.img2img) != (None, None, None):
         raise InputError('noise="none" reads clean latents; leave out denoise_from, second_t and img2img.')
+
+
+def start_of(denoise_from: int | str | None, t: int) -> int | None:
+    """The timestep where short denoising down to t starts: "+10" is 10 above it.
+
+    Raises InputError for other texts.
+    """
+    if not isinstance(denoise_from, str):
+        return denoise_from
+    if not _ABOVE.fullmatch(denoise_from):
+        raise InputError(
+            f'denoise_from is a timestep, or text such as "+10" for 10 timesteps above t, not {denoise_from!r}.'
+        )
+    return t + int(denoise_from)
+
+
+def within_reach(
+    denoiser: Denoiser, techniques: Mapping[str, Mapping[str, Any]], times: Sequence[int]
+) -> tuple[dict[str, list[int]], list[str]]:
+    """Those of the timesteps that each technique can be read at, and a note on each that cannot at all of them.
+
+    Short denoising goes down: it cannot start below a timestep, nor beyond the last one of the schedule.
+    techniques: settings by name. Only `denoise_from` is looked at; what else is wrong `recipe` says.
+
+    Raises InputError for a technique that is left with no timestep.
+    """
+    found, notes = {}, []
+    for name, told in techniques.items():
+        asked, top = told.get("denoise_from"), max(times)
+        if relative := isinstance(asked, str):
+            top = len(denoiser.schedule) - 1 - int(asked) if _ABOVE.fullmatch(asked) else top
+        elif isinstance(asked, int) and not isinstance(asked, bool):
+            top = asked
+        found[name] = [t for t in times if t <= top]
+        if away := [str(t) for t in times if t > top]:
+            where = f"t = {', '.join(away[:-1])} and {away[-1]}" if len(away) > 1 else f"t = {away[0]}"
+            why = "which would start beyond the last timestep" if relative else f"which starts below {where}"
+            mend = "start nearer to t" if relative else 'start higher, or relative to t: denoise_from = "+10"'
+            if not found[name]:
+                raise InputError(f"The technique {name!r} has denoise_from = {asked}, {why}; {mend}.")
+            at = f" at {where}" if relative else " there"
+            notes.append(f"{name!r} has denoise_from = {asked}, {why}, and is left out{at}; {mend}.")
+    return found, notes
 
 
 def varied(denoiser: Denoiser, base: Recipe, technique: Mapping[str, Any]) -> Recipe:

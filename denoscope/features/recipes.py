@@ -29,9 +29,12 @@ from pathlib import Path
 from typing import Any
 
 from denoscope.errors import InputError, MissingError
+from denoscope.features.baselines import BASELINES
 from denoscope.features.recipe import Recipe
+from denoscope.features.technique import controls, loras
 from denoscope.images import atomically
 
+_NAMED = re.compile(r"(@|caption:)(.+)")  # prompts that name a file, a folder or a model
 _BESIDE = ("model", "amalgamate", "techniques", "notes", "join", "pca")
 
 
@@ -58,7 +61,7 @@ def read_recipe(path: str | Path) -> RecipeFile:
         raise InputError(f"{path} needs both amalgamate and [techniques.NAME] tables, or neither.")
     model, how = found["model"], found.get("amalgamate")
     how = str(path.parent / how) if isinstance(how, str) and (path.parent / how).is_file() else how
-    model = str(path.parent / model) if (path.parent / model).exists() else model
+    model = _model(model, lambda name: str(path.parent / name) if (path.parent / name).exists() else None)
     _known(path, {name: value for name, value in settings.items() if name not in ("join", "pca")})
     return RecipeFile(model, _beside(path, settings), how, techniques)
 
@@ -88,9 +91,8 @@ def write_recipe(
     Raises InputError for other suffixes.
     """
     path = Path(path)
-    if os.sep in model and Path(model).exists():
-        model = os.path.relpath(Path(model).resolve(), path.parent.resolve())
-    document: dict[str, Any] = {"model": model, **_apart(path, {k: v for k, v in settings.items() if v is not None})}
+    given = {name: value for name, value in settings.items() if value is not None}
+    document: dict[str, Any] = {"model": _model(model, _seen_from(path)), **_apart(path, given)}
     if techniques:
         tables = {name: _apart(path, one) for name, one in techniques.items()}
         document |= {"amalgamate": amalgamate, "techniques": tables}
@@ -161,16 +163,61 @@ def _beside(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _apart(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings whose paths are written as seen from the file."""
+    return _paths(settings, _seen_from(path))
+
+
+def _seen_from(path: Path) -> Callable[[str], str | None]:
+    """Where a path lies as seen from a file; None for what is no path."""
     parent = path.parent.resolve()
 
     def placed(name: str) -> str | None:
-        return os.path.relpath(Path(name).resolve(), parent) if Path(name).exists() else None
+        place = Path(name).expanduser()
+        return os.path.relpath(place.resolve(), parent) if place.exists() else None
 
-    return _paths(settings, placed)
+    return placed
+
+
+def absolute(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of `load_extractor`, and its "model" if there is one, with paths that hold in any working directory."""
+
+    def placed(name: str) -> str | None:
+        path = Path(name).expanduser()
+        return str(path.resolve()) if path.exists() else None
+
+    found = _paths(settings, placed)
+    if techniques := found.get("techniques"):
+        found["techniques"] = {name: _paths(one, placed) for name, one in techniques.items()}
+    if isinstance(found.get("model"), str):
+        found["model"] = _model(found["model"], placed)
+    if isinstance(how := found.get("amalgamate"), str):
+        found["amalgamate"] = placed(how) or how if "." in how else how
+    return found
+
+
+def missing(settings: Mapping[str, Any]) -> str | None:
+    """The first absolute path in settings of `load_extractor` (and its "model") that is not there."""
+    names: list[str] = []
+    for one in (settings, *(settings.get("techniques") or {}).values()):
+        chosen = controls(one.get("control"))
+        names += [str(control.described()[what]) for control in chosen for what in ("model", "image")]
+        names += [lora.path for lora in loras(one.get("lora"))]
+        names += [] if (named := _NAMED.fullmatch(str(one.get("prompt")))) is None else [named[2]]
+    names += [str(settings.get(name)) for name in ("model", "amalgamate")]
+    names += [text.partition("@")[0] for text in settings.get("join") or ()]
+    parts = [part for name in names for part in ([name] if Path(name).exists() else name.split("+"))]
+    return next((part for part in parts if Path(part).is_absolute() and not Path(part).exists()), None)
+
+
+def _model(name: str, place: Callable[[str], str | None]) -> str:
+    """A name for `load_model`, "NAME+UNET" too."""
+    if name in ("seedling", *BASELINES):
+        return name
+    base, plus, unet = name.rpartition("+")
+    return place(name) or (plus and _model(base, place) + plus + (place(unet) or unet)) or name
 
 
 def _paths(settings: Mapping[str, Any], place: Callable[[str], str | None]) -> dict[str, Any]:
-    """Settings with every path in `control`, `lora` and `prompt` put where `place` says (None leaves it)."""
+    """Settings with every path in `control`, `lora`, `prompt` and `join` put where `place` says (None leaves it)."""
 
     def text(value: Any) -> Any:
         if not isinstance(value, str):
@@ -188,6 +235,9 @@ def _paths(settings: Mapping[str, Any], place: Callable[[str], str | None]) -> d
         return text(value)
 
     found = {name: nested(value) if name in ("control", "lora") else value for name, value in settings.items()}
-    if isinstance(prompt := found.get("prompt"), str) and (named := re.fullmatch(r"(@|caption:)(.+)", prompt)):
+    if joined := found.get("join"):
+        parts = [one.partition("@") for one in joined]
+        found["join"] = [_model(name, place) + at + rest for name, at, rest in parts]
+    if isinstance(prompt := found.get("prompt"), str) and (named := _NAMED.fullmatch(prompt)):
         found["prompt"] = named[1] + (place(named[2]) or named[2])
     return found

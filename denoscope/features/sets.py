@@ -7,8 +7,9 @@ attention feature is that of their code (after VPD, arXiv 2303.02153).
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -132,6 +133,27 @@ def readings(denoiser: Denoiser, names: Sequence[str]) -> list[Reading]:
 def attends_words(names: Sequence[str]) -> list[str]:
     """Those of the features (see `expand`) whose channels are words of the prompt."""
     return [name for name in names if name.startswith(_ATTENTION) and "cross" in name]
+
+
+def worded(recipe: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """(attention feature, prompt whose words are its channels) of a `FeatureMap.recipe`, in the order of the channels."""
+    inner = recipe.get("parts")
+    if "members" in recipe:
+        inner = [*recipe["members"], *([recipe["attention"]] if recipe.get("attention") else [])]
+    if inner is not None:
+        return [pair for one in inner for pair in worded(one)]
+    names = attends_words(str(recipe.get("site")).split("+"))
+    return [(name, recipe.get("prompt") or "") for name in names]
+
+
+def check_words(names: Sequence[str], prompts: Iterable[Any], mend: str = "give one prompt for all") -> None:
+    """InputError where features (see `expand`) whose channels are words are to be compared under prompts that differ."""
+    told = list(dict.fromkeys(prompt or "" for prompt in prompts))
+    if (words := attends_words(names)) and len(told) > 1:
+        raise InputError(
+            f"The channels of {words[0]} are the words of the prompt, so it cannot be compared under {told[0]!r} and "
+            f"{told[1]!r}; {mend}."
+        )
 
 
 def attention_places(denoiser: Denoiser) -> dict[str, list[Site]]:

@@ -5,7 +5,6 @@ Meng et al., "Suppress Content Shift: Better Diffusion Features via Off-the-Shel
 """
 
 import glob
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -14,9 +13,10 @@ from typing import Any
 
 from torch import nn
 
-from denoscope.denoisers.control import canny
+from denoscope.denoisers.control import canny, control_input, load_control
+from denoscope.denoisers.protocol import ControlInput, Denoiser
 from denoscope.errors import InputError, MissingError
-from denoscope.features.weights import weights_digest
+from denoscope.features.weights import path_digest, weights_digest
 from denoscope.images import Picture, read
 from denoscope.images.picture import IMAGE_SUFFIXES, Resample
 
@@ -137,24 +137,36 @@ def shown(control: Control, picture: Picture, size: tuple[int, int], resample: R
     return read(files[0])
 
 
+def without_edges(control: Control, seen: Picture) -> bool:
+    """Whether a ControlNet is to be shown a picture's own edges and there are none; then it is left out."""
+    return control.image == "canny" and not seen.pixels.any()
+
+
+def control_inputs(
+    denoiser: Denoiser, controls: Sequence[Control], picture: Picture, size: tuple[int, int], resample: Resample
+) -> tuple[ControlInput, ...]:
+    """ControlNets with what they are `shown` beside a picture that is read at (width, height).
+
+    Those that would be shown edges of a picture without any are left out (`canny` warns of it): on an empty map they would
+    still act, though nothing is said to them.
+    """
+    found = []
+    for control in controls:
+        network, seen = load_control(control.model, denoiser), shown(control, picture, size, resample)
+        if not without_edges(control, seen):
+            found.append(control_input(denoiser, network, seen, size, control.scale))
+    return tuple(found)
+
+
 def contents(prompt: Any, controls: Sequence[Control], loras: Sequence[Lora]) -> dict[str, str]:
-    """What settings name by a path and that may change behind it: path to a digest of the file, or of a folder's listing."""
+    """What settings name by a path and that may change behind it: path to a digest of the file, or of a folder's files.
+
+    Models of the hub are not looked at.
+    """
     paths = [m[1]] if isinstance(prompt, str) and (m := re.fullmatch(r"(?:@|caption:)(.+)", prompt)) else []
     paths += [control.image for control in controls if control.image != "canny"] + [lora.path for lora in loras]
-    found = {path: _digest(Path(path).expanduser()) for path in paths}
-    networks = [(str(control.described()["model"]), control.model) for control in controls]
-    for name, model in networks:
-        found[name] = weights_digest(model) if isinstance(model, nn.Module) else _digest(Path(model).expanduser())
-    return found
-
-
-def _digest(path: Path) -> str:
-    """Of a file's bytes, or of the beginnings and sizes of the files of a folder."""
-    digest = hashlib.blake2b(digest_size=8)
-    if path.is_file():
-        digest.update(path.read_bytes())
-    for one in sorted(path.rglob("*")):
-        if one.is_file():
-            with one.open("rb") as file:
-                digest.update(f"{one.relative_to(path)} {one.stat().st_size}".encode() + file.read(1 << 16))
-    return digest.hexdigest()
+    paths += [control.model for control in controls if isinstance(control.model, str)]
+    places = {path: Path(path).expanduser() for path in paths}
+    found = {path: path_digest(place) for path, place in places.items() if place.exists()}
+    networks = [control.model for control in controls if isinstance(control.model, nn.Module)]
+    return found | {f"{type(one).__name__} {k}": weights_digest(one) for k, one in enumerate(networks)}
