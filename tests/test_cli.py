@@ -118,6 +118,19 @@ def test_demo_on_the_embedded_model(run, tmp_path):
         assert (tmp_path / "o" / name).stat().st_size > 500
 
 
+def test_demo_with_a_recipe(run, tmp_path):
+    (tmp_path / "recipe.toml").write_text(
+        'model = "seedling"\nt = 20\nsite = "up.0"\nensemble = 1\nsize = "long32"\nseed = 2\n'
+    )
+    status, _, error = run("demo", "--recipe", tmp_path / "recipe.toml", "--out", tmp_path / "o")
+    assert (status, error) == (0, "")
+    found = json.loads((tmp_path / "o" / "faces.json").read_text())["recipe"]
+    wanted = {"t": 20, "site": "up.0", "ensemble": 1, "prompt": None, "seed": 2}
+    assert {key: found[key] for key in wanted} == wanted
+    (tmp_path / "rgb.toml").write_text('model = "rgb"\n')
+    assert run("demo", "--recipe", tmp_path / "rgb.toml", "--out", tmp_path / "p")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

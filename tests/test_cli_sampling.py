@@ -1,15 +1,19 @@
 """`denoscope sample` and `denoscope guidance` as a user meets them."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 from typing import Any
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
+from conftest import GOLDEN
+from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel, UNet2DModel
 from PIL import Image
+from safetensors.torch import save_file
 
 import denoscope as ds
 from denoscope.cli.guidance import placement
@@ -215,6 +219,181 @@ def test_only_the_white_of_a_mask_is_repainted(run, tmp_path):
     }  # fmt: skip
 
 
+def told(folder: Any, text: str, name: str = "recipe.toml") -> Any:
+    """A recipe file."""
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def test_a_recipe_says_what_is_sampled(run, tmp_path):
+    reading = 't = 51\nsite = "up.0"\nensemble = 2\ndenoise_from = 60\nsecond_t = 20\njoin = ["rgb"]\npca = 3\n'
+    head = f'model = "seedling"\n{reading}'
+    recipe = told(tmp_path, head + 'prompt = "cat"\nguidance = 2.5\nsize = "24x16"\nseed = 7\n')
+    assert run("sample", "--recipe", recipe, "--steps", 4, "--out", tmp_path / "a") == (0, ANY, "")
+    explicit = ["--guidance", 2.5, "--size", "24x16", "--seed", 7, "--steps", 4]
+    assert run("sample", "cat", *explicit, "--out", tmp_path / "b")[0] == 0
+    assert record(tmp_path / "a")["settings"] == record(tmp_path / "b")["settings"]
+    assert same(pixels(tmp_path / "a"), pixels(tmp_path / "b"))
+    # what the user says wins
+    others = ["dog", "face", "--guidance", 1, "--size", 16, "--seed", 3, "--steps", 4]
+    assert run("sample", "--recipe", recipe, *others, "--out", tmp_path / "c")[0] == 0
+    assert run("sample", *others, "--out", tmp_path / "d")[0] == 0
+    assert record(tmp_path / "c")["settings"] == record(tmp_path / "d")["settings"]
+    assert same(pixels(tmp_path / "c"), pixels(tmp_path / "d"))
+    # the scale needs something to guide towards, sizes relative to a picture need a picture, several are about reading
+    for number, size in enumerate(("'long24'", "0", '"16+24"')):
+        bare = told(tmp_path, f"{head}guidance = 2\nsize = {size}\n")
+        assert run("sample", "--recipe", bare, "--steps", 2, "--out", tmp_path / f"e{number}")[0] == 0
+        found = record(tmp_path / f"e{number}")["settings"]
+        assert (found["guidance"], found["size"], found["prompts"]) == (1, None, [])
+
+
+def test_the_model_of_a_recipe(run, tmp_path, numbered):
+    recipe = told(tmp_path, f'model = "{numbered}"\nprompt = 3\nguidance = 2\n')
+    assert run("sample", "--recipe", recipe, "--steps", 3, "--out", tmp_path / "a")[0] == 0
+    assert run("sample", "3", "--model", numbered, "--guidance", 2, "--steps", 3, "--out", tmp_path / "b")[0] == 0
+    assert record(tmp_path / "a")["settings"]["told"] == [3]
+    assert same(pixels(tmp_path / "a"), pixels(tmp_path / "b"))
+    assert run("sample", "cat", "--recipe", recipe, "--model", "seedling", *QUICK, "--out", tmp_path / "c")[0] == 0
+    assert record(tmp_path / "c")["settings"]["model"] == "seedling"
+
+
+@pytest.fixture(scope="session")
+def stable(tmp_path_factory):
+    """A pipeline, a ControlNet for it, a LoRA and a picture, in one folder."""
+    folder = tmp_path_factory.mktemp("stable")
+    (folder / "model").symlink_to(GOLDEN / "dift-sd" / "pipeline")
+    unet: Any = UNet2DConditionModel.from_pretrained(folder / "model", subfolder="unet")
+    network = ControlNetModel.from_unet(unet)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    network.save_pretrained(folder / "edges")
+    name, layer = next((n, m) for n, m in unet.named_modules() if n.endswith("attn1.to_v"))
+    down = torch.randn(2, layer.in_features, generator=generator)
+    up = torch.randn(layer.out_features, 2, generator=generator)
+    save_file({f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}, folder / "lora.safetensors")
+    rng = np.random.default_rng(1)
+    Image.fromarray(rng.integers(0, 255, (64, 64, 3)).astype(np.uint8)).save(folder / "photo.png")
+    return folder
+
+
+@pytest.mark.filterwarnings("default")
+def test_controls_and_loras_of_a_recipe(run, tmp_path, stable):
+    shown = 'control = [{ model = "edges", image = "photo.png", scale = 0.7 }]\n'
+    head = 'model = "model"\nprompt = "a cat"\nguidance = 2\nsize = 64\nlora = "lora.safetensors@0.5"\n'
+    common = ["a cat", "--model", stable / "model", "--guidance", 2, "--size", 64, "--steps", 4]
+    lora = ["--lora", f"{stable / 'lora.safetensors'}@0.5"]
+    control = ["--control", f"{stable / 'edges'}@0.7", "--control-image"]
+
+    def made(name: str, *arguments: Any) -> Any:
+        status, _, error = run(*arguments, "--out", tmp_path / name)
+        assert status == 0, error
+        return pixels(tmp_path / name), error
+
+    quick = ["--steps", 4]
+    recipe = told(stable, head + shown)
+    with_both, _ = made("a", "sample", "--recipe", recipe, *quick)
+    assert same(with_both, made("b", "sample", *common, *lora, *control, stable / "photo.png")[0])
+    plain, _ = made("c", "sample", *common)
+    assert not same(plain, with_both)
+    # its own edges: of the picture to start from, or of another that is named; without either they are left out, with a word
+    edges = told(stable, head + 'img2img = 0.5\ncontrol = "edges@0.7"\n')
+    found, error = made("d", "sample", "--recipe", edges, *quick)
+    assert "The ControlNet" in error
+    assert "left out" in error
+    assert same(found, made("e", "sample", *common, *lora)[0])
+    start = ["--start", stable / "photo.png"]
+    started, error = made("f", "sample", "--recipe", edges, *start, *quick)
+    given = [*common, *lora, *control, f"canny:{stable / 'photo.png'}"]
+    assert error == ""
+    assert same(started, made("g", "sample", *given, *start, "--strength", 0.5)[0])
+    named = ["--control-image", f"canny:{stable / 'photo.png'}"]
+    assert same(made("h", "sample", "--recipe", edges, *named, *quick)[0], made("i", "sample", *given)[0])
+    assert not same(
+        made("j", "sample", "--recipe", recipe, "--lora", f"{stable / 'lora.safetensors'}@0", *quick)[0], with_both
+    )
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_recipe_whose_prompts_are_of_pictures(run, tmp_path):
+    Image.new("RGB", (16, 16), "green").save(tmp_path / "photo.png")
+    told(tmp_path, '{"photo.png": "cat"}', "captions.json")
+    recipe = told(tmp_path, 'model = "seedling"\nprompt = "@captions.json"\nsize = "long16"\n')
+    given = ["--start", tmp_path / "photo.png", "--steps", 4]
+    assert run("sample", "--recipe", recipe, *given, "--out", tmp_path / "a") == (0, ANY, "")
+    assert record(tmp_path / "a")["settings"]["prompts"] == ["cat"]
+    status, _, error = run("sample", "--recipe", recipe, *QUICK, "--out", tmp_path / "b")
+    assert (status, record(tmp_path / "b")["settings"]["prompts"]) == (0, [])
+    assert "captions.json is another one for each picture" in error
+
+
+def test_a_recipe_beside_a_classifier(run, tmp_path, guide):
+    recipe = told(tmp_path, 'model = "seedling"\nprompt = "a photo"\nguidance = 2\nsize = 16\nseed = 4\n')
+    judged = ["--classifier", guide / "on.safetensors", "--scale", 20, "--steps", 4]
+    assert run("sample", "dog", "--recipe", recipe, *judged, "--out", tmp_path / "a")[0] == 0
+    given = ["--prompt", "a photo", "--guidance", 2, "--size", 16, "--seed", 4]
+    assert run("sample", "dog", *given, *judged, "--out", tmp_path / "b")[0] == 0
+    assert record(tmp_path / "a")["settings"] == record(tmp_path / "b")["settings"]
+    assert same(pixels(tmp_path / "a"), pixels(tmp_path / "b"))
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_recipe_of_several_techniques_says_what_they_share(run, tmp_path):
+    techniques = 'amalgamate = "mean"\n[techniques.words]\nprompt = "cat"\n[techniques.more]\nprompt = "dog"\n'
+    recipe = told(tmp_path, f'model = "seedling"\nseed = 5\nsize = 16\n{techniques}')
+    status, _, error = run("sample", "--recipe", recipe, "--steps", 2, "--out", tmp_path / "a")
+    assert (status, record(tmp_path / "a")["settings"]["prompts"]) == (0, [])
+    assert "several techniques; what stands above them is taken" in error
+
+
+@pytest.mark.filterwarnings("default")
+def test_long_prompts_of_a_recipe_are_read_to_their_end(run, tmp_path, stable):
+    words = " ".join(["a"] * 90 + ["cat"])
+    files = {how: told(stable, f'model = "model"\nprompt = "{words}"\nlong_prompts = "{how}"\n', f"{how}.toml") for how in
+              ("cut", "chunks")}  # fmt: skip
+    errors = {}
+    for how, recipe in files.items():
+        status, _, errors[how] = run("sample", "--recipe", recipe, "--steps", 2, "--out", tmp_path / how)
+        assert status == 0
+    assert ("ignored: " in errors["cut"], errors["chunks"]) == (True, "")
+    assert not same(pixels(tmp_path / "cut"), pixels(tmp_path / "chunks"))
+
+
+def test_diagnose_with_a_recipe(run, tmp_path, guide, stable):
+    quick = ["--rates", "1", "--no-baselines", "--labels", "cat", "--count", 1, "--steps", 2]
+    for name in ("on64", "off64"):
+        module = ADMClassifier(dataclasses.replace(TINY, image_size=8, in_channels=4)).requires_grad_(False).eval()
+        save_classifier(Classifier.of(module, names=("cat", "dog", "face")), tmp_path / f"{name}.safetensors")
+
+    def losses(name: str, *arguments: Any) -> Any:
+        on, off = (
+            tmp_path / f"{one}64.safetensors" if name in "cde" else guide / f"{one}.safetensors"
+            for one in ("on", "off")
+        )
+        status, _, error = run(
+            "guidance", "diagnose", *arguments, "--on", on, "--off", off, *quick, "--out", tmp_path / name
+        )
+        assert status == 0, error
+        return json.loads((tmp_path / name / "diagnosis.json").read_text())
+
+    recipe = told(tmp_path, 'model = "seedling"\nt = 51\nprompt = "a cat"\nsize = 16\nseed = 3\n')
+    one = losses("a", "--recipe", recipe)
+    other = losses("b", "--prompt", "a cat", "--size", 16, "--seed", 3)
+    assert one["outcomes"]["full"]["losses"] == other["outcomes"]["full"]["losses"]
+    assert (one["prompts"], one["size"], one["seed"]) == (["a cat"], [16, 16], 3)
+    shown = 'control = [{ model = "edges", image = "photo.png" }]\n'
+    texts = {"c": "", "d": 'lora = "lora.safetensors@0.5"\n', "e": shown}
+    found = {}
+    for name, more in texts.items():
+        head = 'model = "model"\nprompt = "a cat"\nsize = 64\n'
+        found[name] = losses(name, "--recipe", told(stable, head + more, f"{name}.toml"))
+    assert len({json.dumps(one["outcomes"]["full"]["curves"]) for one in found.values()}) == 3
+    assert found["d"]["lora"][0][:2] == [str(stable / "lora.safetensors"), 0.5]
+    assert found["e"]["control"][0]["model"] == str(stable / "edges")
+
+
 @pytest.mark.parametrize(
     ("text", "positions"),
     [
@@ -328,6 +507,12 @@ def test_diagnose_prints_a_table_and_a_recommendation(run, tmp_path, guide):
         (["sample", "cat", "--classifier", "GUIDE", "--size", 32], "takes 16x16 pixels, not 32x32"),
         (["sample", "cat", "--model", "none"], "no model 'none'"),
         (["sample", "cat", "--classifier", "GUIDE", "--guidance", 3], "give --prompt"),
+        (["sample", "--recipe", "none.toml"], "no file none.toml"),
+        (["sample", "--recipe", 'prompt = "cat"'], "does not say which model"),
+        (["sample", "--recipe", 'model = "seedling"\nprompt = true'], "prompt is text or a class number, not True"),
+        (["sample", "--recipe", 'model = "seedling"\nimg2img = 2'], "recipe.toml: The strength of img2img lies"),
+        (["sample", "--recipe", 'model = "seedling"\nlong_prompts = "no"'], "long_prompts is cut or chunks"),
+        (["sample", "--recipe", 'model = "seedling"\nlora = "none.safetensors"'], "no LoRA 'none.safetensors'"),
         (["guidance", "schedule", "--rate", 60], "rate is 60"),
         (["guidance", "schedule", "--steps", 1, "--schedule", "all"], "number of steps is 1"),
         (["guidance", "schedule", "--k", -1], "k is -1"),
@@ -354,7 +539,7 @@ def test_mistakes_are_one_sentence(run, tmp_path, guide, arguments, sentence):
         "INSIDE": tmp_path / "photo.png" / "x.png",
     }
     places |= {"GUIDE": guide / "on.safetensors", "OFF": guide / "off.safetensors"}
-    given = [places.get(a, a) for a in arguments]
+    given = [told(tmp_path, a) if " = " in str(a) else places.get(a, a) for a in arguments]
     quick = [] if given[1] == "schedule" else QUICK
     out = [] if "--out" in given or given[1] == "schedule" else ["--out", tmp_path / "o"]
     first = 2 if given[0] == "guidance" else 1
@@ -364,6 +549,18 @@ def test_mistakes_are_one_sentence(run, tmp_path, guide, arguments, sentence):
     assert "Traceback" not in err
     assert printed == ""
     assert not list((tmp_path / "o").glob("*"))
+
+
+def test_sizes_of_a_recipe_that_no_picture_can_have(run, tmp_path):
+    for size, sentence in (
+        ('"big"', "Size 'big' is not understood"),
+        ("4", "too small"),
+        ("true", "is not understood"),
+    ):
+        recipe = told(tmp_path, f'model = "seedling"\nsize = {size}\n')
+        status, _, error = run("sample", "--recipe", recipe, "--steps", 2, "--out", tmp_path / "o")
+        assert (status, sentence in error) == (2, True), error
+    assert not (tmp_path / "o").exists()
 
 
 def test_the_front_door_holds_what_it_names_and_opens_quickly():

@@ -186,6 +186,128 @@ def test_a_folder_of_diffusers_says_its_alpha_in_the_header(sd, tmp_path):
     assert relative(noise(sd, (tmp_path, 1.0)), reference(pipe)) < 1e-5
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.4, -1.5])
+def test_dora_acts_as_in_peft(sd, tmp_path, scale):
+    ends = ["to_q", "to_out.0", "conv1", "conv_shortcut", "time_emb_proj"]
+    config = peft.LoraConfig(target_modules=ends, use_dora=True, r=3, lora_alpha=2, init_lora_weights=False)
+    torch.manual_seed(0)
+    wrapped: Any = peft.get_peft_model(plain_sd().unet, config).eval()
+    shapes = set()
+    for name, value in wrapped.named_parameters():
+        if "magnitude" in name:
+            value.data = value.data * torch.empty_like(value).uniform_(0.5, 1.5)
+            shapes.add(value.dim())
+    assert shapes == {1, 4}  # linear layers and convolutions
+    wrapped.save_pretrained(tmp_path)
+    before = noise(sd)
+    for module in wrapped.modules():
+        if hasattr(module, "set_scale"):
+            module.set_scale("default", scale)
+    pipe = plain_sd()
+    pipe.unet = wrapped
+    assert relative(before, reference(pipe)) > 0.05
+    assert relative(noise(sd, (tmp_path, scale)), reference(pipe)) < 1e-5
+    assert torch.equal(noise(sd), before)
+
+
+def magnitudes(root: nn.Module, ends: tuple[str, ...] = LOCON, axis: int = 0) -> dict[str, Tensor]:
+    """Norms of the weights' slices, changed, in the shapes of LyCORIS: [out, 1, ...], or [1, in, ...]."""
+    generator, found = torch.Generator().manual_seed(3), {}
+    for name in pairs(root, ends):
+        weight: Any = root.get_submodule(name).weight
+        norms = weight.detach().transpose(0, axis).flatten(1).norm(dim=1)
+        norms = norms * torch.empty_like(norms).uniform_(0.5, 1.5, generator=generator)
+        found[name] = norms.view(-1, *[1] * (weight.dim() - 1)).transpose(0, axis)
+    return found
+
+
+def test_dora_of_diffusers_and_of_kohya(sd, tmp_path):
+    pipe, own = plain_sd(), magnitudes(sd.network)
+    plain = a_b(sd.network, "unet.")
+    as_peft = {
+        f"unet.{name}.lora_magnitude_vector": value.flatten() if value.dim() == 2 else value.transpose(0, 1)
+        for name, value in own.items()
+    }
+    file = saved(tmp_path, plain | as_peft, "diffusers.safetensors")
+    as_kohya = {f"lora_unet_{name.replace('.', '_')}.dora_scale": value for name, value in own.items()}
+    state = {key: value for key, value in kohya(sd.network).items() if not key.endswith(".alpha")}
+    other = saved(tmp_path, state | as_kohya, "kohya.safetensors")
+    pipe.load_lora_weights(str(file))
+    for scale in (1.0, 0.3):
+        pipe.set_adapters(pipe.get_active_adapters(), scale)
+        expected = reference(pipe)
+        assert relative(noise(sd, (saved(tmp_path, plain), scale)), expected) > 0.01  # not that of the pairs alone
+        assert relative(noise(sd, (file, scale)), expected) < 1e-5
+        assert relative(noise(sd, (other, scale)), expected) < 1e-5
+    assert torch.equal(noise(sd, (file, 0.0)), noise(sd))
+
+
+def test_dora_along_inputs_as_lycoris_had_it_first(sd, tmp_path):
+    own = magnitudes(sd.network, ("to_q", "conv1"), axis=1)
+    state = kohya(sd.network, ends=("to_q", "conv1"))
+    plain = saved(tmp_path, state, "plain.safetensors")
+    file = saved(tmp_path, state | {f"lora_unet_{k.replace('.', '_')}.dora_scale": v for k, v in own.items()})
+    kinds = set()
+    for name, wanted in own.items():
+        layer = sd.network.get_submodule(name)
+        with adapters(sd, [(plain, 0.7)]):
+            summed = layer.weight.detach().double()
+        with adapters(sd, [(file, 0.7)]):
+            made = layer.weight.detach().double()
+        norms = summed.square().sum(dim=[d for d in range(summed.dim()) if d != 1], keepdim=True).sqrt()
+        assert torch.allclose(made, wanted * summed / norms, atol=1e-5)
+        kinds.add(made.dim())
+    assert kinds == {2, 4}
+
+
+def test_several_doras_change_the_models_own_weights(sd, tmp_path):
+    own = magnitudes(sd.network)
+    scales = {f"lora_unet_{name.replace('.', '_')}.dora_scale": value for name, value in own.items()}
+    one = saved(tmp_path, kohya(sd.network) | scales, "one.safetensors")
+    two = saved(tmp_path, kohya(sd.network, seed=1), "two.safetensors")
+    layer = sd.network.mid_block.resnets[0].conv1
+    before = layer.weight.clone()
+
+    def change(*loras: tuple[Path, float]) -> Tensor:
+        with adapters(sd, loras):
+            return layer.weight - before
+
+    parts = change((one, 0.5)) + change((two, -2.0))
+    assert torch.allclose(change((one, 0.5), (two, -2.0)), parts, atol=1e-6)
+    assert torch.allclose(change((two, -2.0), (one, 0.5)), parts, atol=1e-6)  # in either order
+
+
+def test_dora_with_block_numbers_of_the_original_sdxl(tmp_path):
+    _, folder = tiny.saved(tmp_path / "xl", "xl")
+    denoiser = ds.load(folder, device="cpu")
+    block = "down_blocks.1.attentions.0.transformer_blocks.1."
+    ends = tuple(block + one for one in ("attn1.to_q", "ff.net.2"))
+    plain, own = a_b(denoiser.network, "unet.", ends), magnitudes(denoiser.network, ends)
+    original = {}
+    for key, value in plain.items():
+        module, half, _ = key.removeprefix("unet.down_blocks.1.attentions.0.").rsplit(".", 2)
+        name = f"lora_unet_input_blocks_3_1_{module.replace('.', '_')}"
+        original[f"{name}.{'lora_down' if half == 'lora_A' else 'lora_up'}.weight"] = value
+        original[f"{name}.dora_scale"] = own[f"down_blocks.1.attentions.0.{module}"]
+    direct = plain | {f"unet.{name}.lora_magnitude_vector": value.flatten() for name, value in own.items()}
+    one, two = (
+        saved(tmp_path, state, file) for state, file in ((direct, "a.safetensors"), (original, "b.safetensors"))
+    )
+    assert torch.equal(noise(denoiser, (one, 1.0)), noise(denoiser, (two, 1.0)))
+    without = saved(tmp_path, plain)
+    assert relative(noise(denoiser, (one, 1.0)), noise(denoiser, (without, 1.0))) > 1e-4
+
+
+def test_dora_of_joined_projections_is_refused(tmp_path):
+    _, folder = tiny.saved(tmp_path / "flux", "flux")
+    denoiser = ds.load(folder, device="cpu")
+    key = "lora_unet_double_blocks_0_img_attn_qkv"
+    state = {f"{key}.lora_down.weight": torch.ones(2, 32), f"{key}.lora_up.weight": torch.ones(96, 2)}
+    file = saved(tmp_path, state | {f"{key}.dora_scale": torch.ones(1, 32)})
+    with pytest.raises(InputError, match="3 of 3 weights of .* match nothing"), adapters(denoiser, [(file, 1.0)]):
+        pass
+
+
 def test_names_of_older_diffusers(sd, tmp_path):
     state = a_b(sd.network, "unet.", ("attn1.to_q", "attn1.to_out.0"))
     old = {}
@@ -270,6 +392,25 @@ def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key.replace("to_q", "to_z"): value for key, value in state.items()}
 
 
+def lokr(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.replace("lora_down.weight", "lokr_w1"): value for key, value in state.items()}
+
+
+def wrong_magnitudes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return state | {key.replace("alpha", "dora_scale"): torch.ones(7, 1) for key in state if key.endswith("to_k.alpha")}
+
+
+def endless_magnitudes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    norms = {key: len(value) for key, value in state.items() if key.endswith("lora_up.weight")}
+    return state | {
+        k.replace("lora_up.weight", "dora_scale"): torch.full((n, 1), float("inf")) for k, n in norms.items()
+    }
+
+
+def magnitudes_alone(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.replace("alpha", "dora_scale"): torch.ones(7, 1) for key in state if key.endswith("to_k.alpha")}
+
+
 def loha(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key.replace("lora_down.weight", "hada_w1_a"): value for key, value in state.items()}
 
@@ -282,6 +423,10 @@ def loha(state: dict[str, Tensor]) -> dict[str, Tensor]:
         (half, "incomplete.*has alpha and down only"),
         (renamed, r"\d+ of \d+ weights of .* match nothing .*to_z"),
         (loha, r"\d+ of \d+ weights of .* match nothing .*hada_w1_a"),
+        (lokr, r"\d+ of \d+ weights of .* match nothing .*lokr_w1"),
+        (wrong_magnitudes, r"another base .* has 7 magnitudes there, and a weight of the shape \[\d+, \d+\] here"),
+        (endless_magnitudes, "not finite"),
+        (magnitudes_alone, "incomplete.*has dora_scale only"),
         (lambda state: {}, "0 of 0 weights"),
     ],
 )  # fmt: skip

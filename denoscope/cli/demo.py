@@ -15,19 +15,22 @@ PHOTOS = Path(__file__).parent.parent / "photos"
 
 def demo(
     model: options.Model = "seedling",
+    recipe: options.Recipe = None,
     device: options.Device = "auto",
     out: Annotated[Path, typer.Option(help="Folder for the pictures and numbers.")] = Path("out/demo"),
 ) -> None:
-    """Match points between real photos with the embedded model, and say how far off they are."""
+    """Match points between real photos with the embedded model, or as a recipe says, and say how far off they are."""
     import denoscope as ds
     from denoscope.images import as_points, write
     from denoscope.images.draw import contact_sheet
 
-    console, denoiser = Console(), ds.load(model, device)
+    console = Console()
+    own = options.load_extractor(model, device, None, recipe=recipe) if recipe else ds.load(model, device)
     options.folder(out)
     for pair in json.loads((PHOTOS / "pairs.json").read_text()):
         source, target = (ds.read(PHOTOS / pair[role]) for role in ("source", "target"))
-        matches = ds.match(denoiser, source, target, pair["source_points"], prompt=pair["prompt"])
+        said = {} if recipe else {"prompt": pair["prompt"]}  # a recipe says itself what is shown
+        matches = ds.match(own, source, target, pair["source_points"], **said)
         truth = as_points(pair["target_points"])
         errors = (matches.points - truth).norm(dim=1)
         extent = (truth.amax(0) - truth.amin(0)).max().item()

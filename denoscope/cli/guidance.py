@@ -3,6 +3,7 @@
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -107,6 +108,7 @@ def diagnose(
     on: Annotated[Path, typer.Option(help="Classifier that guides.")],
     off: Annotated[list[Path], typer.Option(help="Classifier that only judges; may be repeated.")],
     model: options.Model = "seedling",
+    recipe: options.SamplingRecipe = None,
     labels: Annotated[
         str | None, typer.Option(help="Classes to sample, numbers or names: 0,3,face; by default all of them.")
     ] = None,
@@ -132,6 +134,10 @@ def diagnose(
 ) -> None:
     """Compare guidance schedules by a classifier that guides and others that do not: is the guide merely fitted?"""
     import denoscope as ds
+    from denoscope.cli.control import controlled
+    from denoscope.denoisers.lora import adapters
+    from denoscope.denoisers.text import long_prompts
+    from denoscope.features.technique import contents, loras
 
     if min(count, at_once) < 1:
         raise InputError("--count and --at-once must be at least 1.")
@@ -139,6 +145,9 @@ def diagnose(
         raise InputError(f"--scale is {scale}; it must be a finite number.")
     one_of("--guide-at", guide_at, SEEN)
     _distinct(on, off)
+    asked: dict[str, Any] = {"prompt": prompt, "size": size, "seed": seed}
+    asked |= {"control": None, "lora": None, "long_prompts": None}
+    model, asked = options.asked_sampling(model, recipe, **asked)
     denoiser = ds.load(model, device, dtype)
     check_steps(steps, denoiser)
     guide = ds.load_classifier(on, denoiser.device)
@@ -148,13 +157,20 @@ def diagnose(
     words = (labels or ",".join(map(str, range(guide.classes)))).split(",")
     numbers = class_numbers(guide, [word.strip() for word in words]) * count
     runs = _runs(guide, steps, scale, rates, k, baselines, guide_at)
-    width_height = parse_size(size, denoiser)
+    given: dict[str, Any] = {"size": parse_size(size, denoiser) if size else recipe_size(asked["size"], denoiser)}
+    named = controlled(given, denoiser, asked["control"], None, own=True)
+    said = prompt if prompt is not None else recipe_prompt(asked["prompt"])
+    weights = loras(asked["lora"])
     options.folder(out)
-    with progress(len(runs) * len(numbers)) as tell:
+    chunks, pairs = asked["long_prompts"] == "chunks", [(one.path, one.scale) for one in weights]
+    with progress(len(runs) * len(numbers)) as tell, long_prompts(denoiser, chunks), adapters(denoiser, pairs):
         found = ds.diagnose(
-            denoiser, runs, labels=numbers, on=guide, off=judges, prompts=told(denoiser, guide, numbers, prompt),
-            steps=steps, seed=seed, at_once=at_once, solver=solver, size=width_height, report=tell,
+            denoiser, runs, labels=numbers, on=guide, off=judges, steps=steps, seed=asked["seed"], at_once=at_once,
+            prompts=told(denoiser, guide, numbers, said if isinstance(said, str) else None), solver=solver, **given,
+            report=tell,
         )  # fmt: skip
+    used = [[one.path, one.scale, contents(None, (), [one]).get(one.path)] for one in weights]
+    found.record.update(named, **({"lora": used} if used else {}))
     for suffix in ("json", "csv", "png"):
         found.save(out / f"diagnosis.{suffix}")
     table = Table(box=None, pad_edge=False)
@@ -302,20 +318,50 @@ def told(denoiser: Any, classifier: Any, numbers: list[int], prompt: str | None)
         return None
 
 
-def parse_size(text: str | None, denoiser: Any) -> tuple[int, int] | None:
-    """(width, height) from 64 or 96x64, of which the model can make pictures."""
+def parse_size(text: str | None, denoiser: Any, name: str = "--size") -> tuple[int, int] | None:
+    """(width, height) from 64 or 96x64, of which the model can make pictures. name: what is said to be wrong."""
     if text is None:
         return None
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(side.isdecimal() for side in sides):
-        raise InputError(f"--size {text!r} is not understood; write it as 64 or 96x64, in pixels.")
+        raise InputError(f"{name} {text!r} is not understood; write it as 64 or 96x64, in pixels.")
     if any(len(side) > 9 or int(side) > LARGEST for side in sides):
-        raise InputError(f"--size {text} is too large; sides have at most {LARGEST} pixels.")
+        raise InputError(f"{name} {text} is too large; sides have at most {LARGEST} pixels.")
     width, height = int(sides[0]), int(sides[-1])
     if min(width, height) < denoiser.minimum:
-        raise InputError(f"--size {text} is too small; {denoiser.name} needs sides of {denoiser.minimum} pixels.")
+        raise InputError(f"{name} {text} is too small; {denoiser.name} needs sides of {denoiser.minimum} pixels.")
     denoiser.latent_shape(height, width)
     return width, height
+
+
+def recipe_size(size: Any, denoiser: Any, picture: Any = None) -> tuple[int, int] | None:
+    """(width, height) of pictures that are made as large as a recipe reads them; None where that depends on a picture that is
+    not there, or it reads several sizes."""
+    from denoscope.features.recipe import resolve_size
+
+    if size is None:
+        return None
+    text = "x".join(map(str, size)) if isinstance(size, list | tuple) else str(size)
+    for part in text.split("+"):
+        resolve_size(part, (64, 64))  # raises what is no size
+    if "+" in text:
+        return None
+    if picture is not None:
+        text = "x".join(map(str, resolve_size(text, picture.size, denoiser.multiple, denoiser.minimum)))
+    return parse_size(text, denoiser, "The recipe's size") if text[0].isdecimal() and text != "0" else None
+
+
+def recipe_prompt(prompt: Any, picture: Any = None) -> str | int | None:
+    """What a recipe's prompt says, of a picture where it is another one for each."""
+    from denoscope.features.prompts import needs_picture, resolve
+
+    if needs_picture(prompt) and picture is None:
+        warnings.warn(
+            f"The prompt {prompt} is another one for each picture that is read, and here there is none; it is left out.",
+            stacklevel=2,
+        )
+        return None
+    return resolve(prompt, picture)
 
 
 @contextmanager

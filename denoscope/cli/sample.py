@@ -35,6 +35,7 @@ def sample(
         ),
     ] = None,
     model: options.Model = "seedling",
+    recipe: options.SamplingRecipe = None,
     count: Annotated[int, typer.Option(help="Samples of each PROMPT.")] = 1,
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 50,
     guidance: Annotated[
@@ -89,9 +90,14 @@ def sample(
     """Sample pictures; the same command again goes on where it stopped."""
     import denoscope as ds
     from denoscope.denoisers.lora import adapters
+    from denoscope.denoisers.text import long_prompts
     from denoscope.features.technique import contents, loras
     from denoscope.sampling import APG, CFGZeroStar
 
+    asked: dict[str, Any] = {"control": control, "lora": lora, "guidance": guidance, "seed": seed, "img2img": strength}
+    asked |= {"prompt": None, "size": None, "long_prompts": None}
+    model, asked = options.asked_sampling(model, recipe, **asked)
+    seed, chunks = asked["seed"], asked["long_prompts"] == "chunks"
     if count < 1 or at_once < 1:
         raise InputError("--count and --at-once must be at least 1.")
     if not 0 <= seed < 1 << 62:
@@ -102,9 +108,20 @@ def sample(
     words = list(prompts or [])
     denoiser = ds.load(model, device, dtype)
     shared.check_steps(steps, denoiser)
-    given: dict[str, Any] = {"steps": steps, "solver": solver, "size": shared.parse_size(size, denoiser)}
-    pictures = _start(given, denoiser, start, strength, mask) | controlled(given, denoiser, control, control_image)
-    weights = loras(lora)
+    picture = None if start is None else ds.read(start)
+    large = shared.parse_size(size, denoiser) if size else shared.recipe_size(asked["size"], denoiser, picture)
+    given: dict[str, Any] = {"steps": steps, "solver": solver, "size": large}
+    strength = strength if picture is None else asked["img2img"]  # there is nothing to repaint
+    pictures = _start(given, denoiser, picture, strength, mask)
+    pictures |= controlled(
+        given, denoiser, asked["control"], control_image, recipe is not None and not control, picture
+    )
+    weights = loras(asked["lora"])
+    said = None if (words if classifier is None else prompt) else shared.recipe_prompt(asked["prompt"], picture)
+    if classifier is not None:
+        prompt = prompt if said is None else said if isinstance(said, str) else None  # classes are the classifier's
+    elif said is not None:
+        words = [str(said)]
     n, sigmas = _levels(denoiser, given)
     partly = any(value is not None for value in (schedule, rate, k, always_last))
     chosen = shared.placement(n, schedule, rate, k, always_last, sigmas) if partly else None
@@ -116,10 +133,13 @@ def sample(
         if not words:
             raise InputError("Name the classes to guide towards, by number or name.")
         labels = shared.class_numbers(judge, words)
-        told = shared.told(denoiser, judge, labels, prompt)
+        with long_prompts(denoiser, chunks):
+            told = shared.told(denoiser, judge, labels, prompt)
     elif words:
-        told = _told(denoiser, words)
+        with long_prompts(denoiser, chunks):
+            told = _told(denoiser, words)
     prompted = judge is None and told is not None and isinstance(told[0], str)
+    guidance = guidance if told is None else asked["guidance"]  # a recipe's, if there is something to guide towards
     w = guidance if guidance is not None else OWN_SCALE.get(denoiser.family, 3.0) if prompted else 1.0
 
     if not all(math.isfinite(value) for value in (w, rescale, scale or 0)):
@@ -151,8 +171,10 @@ def sample(
         "schedule": None if chosen is None else list(chosen.counts), "rescale": rescale, "negative": negative,
         "classifier": None if classifier is None else str(classifier), "scale": scale, "guide_at": guide_at,
         "solver": solver, "size": given["size"], **pictures, "seed": seed, "dtype": str(denoiser.dtype),
-        "lora": [[one.path, one.scale, contents(None, (), [one])[one.path]] for one in weights] or None,
+        "lora": [[one.path, one.scale, contents(None, (), [one]).get(one.path)] for one in weights] or None,
     }  # fmt: skip
+    settings |= {"long_prompts": "chunks"} if chunks else {}
+    given |= {"together": False} if chunks else {}  # a prompt in pieces is longer than the empty one
     variants = {"": given}
     if report:
         on_every_step = {key: replace(given[key], schedule=None) for key in ("guidance", "classifier") if key in given}
@@ -161,7 +183,7 @@ def sample(
     state = _recorded(out, settings)
     total = count * max(len(words), 1)
     _not_fewer(out, variants, total, max(len(words), 1))
-    with adapters(denoiser, [(one.path, one.scale) for one in weights]):
+    with long_prompts(denoiser, chunks), adapters(denoiser, [(one.path, one.scale) for one in weights]):
         _make(denoiser, out, total, variants, told, labels, seed, at_once, state)
     captions = [words[i % len(words)] if words else "" for i in range(total)]
     state["samples"] = [{"file": f"{i:06d}.png", "prompt": captions[i], "seed": seed + i} for i in range(total)]
@@ -192,7 +214,7 @@ def _told(denoiser: Any, words: list[str]) -> Any:
 
 
 def _start(
-    given: dict[str, Any], denoiser: Any, start: Path | None, strength: float | None, mask: Path | None
+    given: dict[str, Any], denoiser: Any, picture: Any, strength: float | None, mask: Path | None
 ) -> dict[str, Any]:
     """Put the picture to start from into `given`; returns what names it in the record."""
     import torch
@@ -200,14 +222,13 @@ def _start(
     import denoscope as ds
     from denoscope.images import read_mask
 
-    if start is None:
+    if picture is None:
         _not_idle({"--mask": mask, "--strength": strength is not None}, False, "belongs to a picture; give --start")
         return {}
     strength = (0.8 if mask is None else 1.0) if strength is None else strength
     if not 0 < strength <= 1:
         raise InputError(f"--strength is {strength:g}; it must be above 0 and at most 1.")
-    picture = ds.read(start)
-    own = f"{picture.width}x{picture.height}"
+    start, own = picture.path, f"{picture.width}x{picture.height}"
     if mask is not None and (found := ds.read(mask)).size != picture.size:
         raise InputError(
             f"--mask {mask} is {found.width}x{found.height} but --start {start} is {own}; resize the mask to {own}."

@@ -1,8 +1,9 @@
 """LoRA: low-rank weights added to a model's own while a context is open, and taken away again.
 
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022 (arXiv 2106.09685), section 4.1:
-`W = W_0 + scale (alpha / rank) up down`, for linear layers and, as LoCon has it, for convolutions. Other weights than
-these pairs (LoHa, LoKr, DoRA, whole differences) are not read.
+`W = W_0 + scale (alpha / rank) up down`, for linear layers and, as LoCon has it, for convolutions. With a magnitude beside
+the pair it is DoRA (Liu et al., ICML 2024, arXiv 2402.09353, equation 5): the sum is brought to norms that were learned.
+Other weights (LoHa, LoKr, whole differences) are not read.
 
 The sums stand in the place of the model's weights, and the model's own tensors come back afterwards: nothing is rounded, no
 module is wrapped, and every site is where it was.
@@ -32,6 +33,8 @@ from denoscope.errors import DenoscopeError, InputError, MissingError
 # of kohya: .lora_down.weight; of peft: .lora_A.weight, .lora_A.NAME.weight; of older diffusers: _lora.down.weight,
 # .lora_linear_layer.down.weight
 _PAIR = re.compile(r"(?P<module>.+?)[._]lora(?:_linear_layer)?[._](?P<part>down|up|A|B)(?:\.\w+)?\.weight")
+# of DoRA: peft and diffusers, .lora_magnitude_vector, for each output; LyCORIS (kohya), .dora_scale, of either axis
+_MAGNITUDE = re.compile(r"(?P<module>.+?)\.(?P<part>lora_magnitude_vector|dora_scale)(?:\.\w+)?(?:\.weight)?")
 _PREFIXES = ("base_model.model.", "unet.", "transformer.", "diffusion_model.", "lora_unet_", "lora_transformer_")
 _TEXT = re.compile(r"(?:text_encoder(?:_(\d))?\.|lora_te(\d)?_)(.+)")
 _FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
@@ -39,18 +42,34 @@ _FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """What a file adds to one layer: `factor up down`, the factor being alpha / rank."""
+    """What a file adds to one layer: `factor up down`, the factor being alpha / rank.
+
+    magnitude: of DoRA, one number for each slice of the weight along `axis` (0: outputs, 1: inputs).
+    """
 
     layer: nn.Module
     down: Tensor
     up: Tensor
     factor: float
+    magnitude: Tensor | None = None
+    axis: int = 0
 
-    def delta(self) -> Tensor:
-        """In the shape of the layer's weight, float32 on its device."""
+    def delta(self, scale: float = 1.0) -> Tensor:
+        """W - W_0, in the shape of the layer's weight, float32 on its device.
+
+        With a magnitude m, `W = m (W_0 + scale factor up down) / |W_0 + scale factor up down|`, as peft has it: the scale is
+        that of the pair, and m acts whole.
+        """
         weight: Any = self.layer.weight
         up, down = (one.to(weight.device, torch.float32) for one in (self.up, self.down))
-        return (self.factor * (up.flatten(1) @ down.flatten(1))).reshape(weight.shape)
+        change = (scale * self.factor * (up.flatten(1) @ down.flatten(1))).reshape(weight.shape)
+        if self.magnitude is None:
+            return change
+        own = weight.detach().float()
+        slices = (own + change).transpose(0, self.axis)
+        norms = slices.flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)  # 0 / 0 of empty slices
+        gain = self.magnitude.to(own) / norms
+        return (slices * gain.view(-1, *[1] * (own.dim() - 1))).transpose(0, self.axis) - own
 
 
 _LOADED: WeakKeyDictionary[Any, dict[tuple[str, int, int], list[Pair]]] = WeakKeyDictionary()
@@ -58,7 +77,8 @@ _LOADED: WeakKeyDictionary[Any, dict[tuple[str, int, int], list[Pair]]] = WeakKe
 
 @contextmanager
 def adapters(denoiser: Denoiser, loras: Sequence[tuple[str | Path, int | float]]) -> Iterator[None]:
-    """Inside, the LoRAs of the files act on the denoiser's network and text encoders, each times its scale; several add up.
+    """Inside, the LoRAs of the files act on the denoiser's network and text encoders, each times its scale; several add up
+    (DoRA too: the changes that each makes to the model's own weights).
 
     with adapters(denoiser, [("style.safetensors", 0.8)]):
         condition = denoiser.condition(["a cat"])  # made here, so that it is told by the text encoder's LoRA too
@@ -69,8 +89,8 @@ def adapters(denoiser: Denoiser, loras: Sequence[tuple[str | Path, int | float]]
     loras: (file, scale). Files are safetensors (or .pt files of plain tensors) in the layout of diffusers, peft or kohya,
         folders that diffusers or peft wrote, or files on the hub ("owner/name/file.safetensors"). They are read once.
 
-    Raises MissingError for a file that is not there; InputError for one that is damaged, holds anything but LoRA pairs of
-    this model (saying how many match nothing), or was made for layers of other shapes (naming both).
+    Raises MissingError for a file that is not there; InputError for one that is damaged, holds anything but pairs of LoRA or
+    DoRA for this model (saying how many match nothing), or was made for layers of other shapes (naming both).
     """
     for _, scale in loras:
         if not math.isfinite(scale):
@@ -79,7 +99,7 @@ def adapters(denoiser: Denoiser, loras: Sequence[tuple[str | Path, int | float]]
     for path, scale in loras:
         pairs = load_lora(path, denoiser)
         for pair in pairs if scale else ():
-            delta = scale * pair.delta()
+            delta = pair.delta(scale)
             sums[pair.layer] = sums[pair.layer] + delta if pair.layer in sums else delta
     weights: list[tuple[Any, Tensor, Tensor]] = []
     while sums:  # the sums are let go one by one
@@ -200,18 +220,20 @@ class _Layout:
             first = f" (first: {unknown[0]})" if unknown else ""
             raise InputError(
                 f"{len(unknown) or len(state)} of {len(state)} weights of {self.label} match nothing in "
-                f"{self.denoiser.name}{first}; only LoRA and LoCon pairs that were trained for this base can be used."
+                f"{self.denoiser.name}{first}; only LoRA, LoCon and DoRA pairs that were trained for this base can be used."
             )
         return [self._pair(part, module, given, alphas) for (part, module), given in found.items()]
 
     def _sorted(self, state: Mapping[str, Tensor]) -> tuple[dict[tuple[str, str], dict[str, Tensor]], list[str]]:
-        """Weights by layer, as "down", "up" and "alpha", and the keys that belong to none."""
+        """Weights by layer, as "down", "up", "alpha" and what `_MAGNITUDE` finds, and the keys that belong to none."""
         found: dict[tuple[str, str], dict[str, Tensor]] = {}
         unknown = []
         for key, value in state.items():
             name, what = key.removesuffix(".alpha"), "alpha" if key.endswith(".alpha") else ""
             if pair := _PAIR.fullmatch(name):
                 name, what = pair["module"], what or {"A": "down", "B": "up"}.get(pair["part"], pair["part"])
+            elif magnitude := _MAGNITUDE.fullmatch(key):
+                name, what = magnitude["module"], magnitude["part"]
             place = self._place(name) if what else None
             if place is None:
                 unknown.append(key)
@@ -238,20 +260,31 @@ class _Layout:
         """In the layout of diffusers, by its own converters: the original block numbers of SDXL, joined projections of Flux."""
         from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin, StableDiffusionLoraLoaderMixin
 
+        end = ".lora_down.weight"
         denoiser = self.denoiser
-
-        def convert() -> Any:
-            if isinstance(denoiser, UNetDenoiser):
-                return StableDiffusionLoraLoaderMixin.lora_state_dict(dict(state), unet_config=denoiser.unet.config)
-            return FluxLoraLoaderMixin.lora_state_dict(dict(state), return_alphas=True)
-
-        if not isinstance(denoiser, UNetDenoiser | FluxDenoiser):
+        # the converters drop these, and those of joined projections cannot be split
+        norms = {found["module"]: value for key, value in state.items() if (found := _MAGNITUDE.fullmatch(key))}
+        if not isinstance(denoiser, UNetDenoiser) and (norms or not isinstance(denoiser, FluxDenoiser)):
             return None
+        plain = {key: value for key, value in state.items() if not _MAGNITUDE.fullmatch(key)}
+
+        def convert(given: Mapping[str, Tensor]) -> Any:
+            if isinstance(denoiser, UNetDenoiser):
+                return StableDiffusionLoraLoaderMixin.lora_state_dict(dict(given), unet_config=denoiser.unet.config)
+            return FluxLoraLoaderMixin.lora_state_dict(dict(given), return_alphas=True)
+
         try:
-            made, alphas = _quietly(self.label, convert)
+            made, alphas = _quietly(self.label, lambda: convert(plain))
+            # U-Nets' weights only get other names: a magnitude in the place of its pair's lower half gets the right one
+            there = {key: norms[key.removesuffix(end)] for key in plain if key.removesuffix(end) in norms}
+            renamed = _quietly(self.label, lambda: convert(plain | there))[0] if there else {}
         except DenoscopeError:  # keys that the converter does not know either
             return None
-        return {**made, **{key: torch.as_tensor(value) for key, value in (alphas or {}).items()}}
+        if len(there) < len(norms):
+            return None
+        moved = {id(value) for value in there.values()}
+        magnitudes = {_PAIR.sub(r"\g<module>.dora_scale", key): v for key, v in renamed.items() if id(v) in moved}
+        return {**made, **{key: torch.as_tensor(value) for key, value in (alphas or {}).items()}, **magnitudes}
 
     def _pair(self, part: str, module: str, given: Mapping[str, Tensor], alphas: _Alphas) -> Pair:
         layer: Any = self.roots[part].get_submodule(module)
@@ -268,11 +301,28 @@ class _Layout:
                 f"{self.label} was made for another base than {self.denoiser.name}: {part}.{module} has the shape {made} "
                 f"there (rank {rank}) and {shape} here; use a LoRA trained for this model."
             )
-        if not (down.isfinite().all() and up.isfinite().all()):
+        magnitude, axis = self._magnitude(f"{part}.{module}", given, shape)
+        if not all(one.isfinite().all() for one in (down, up, magnitude) if one is not None):
             raise InputError(f"{self.label} holds values that are not finite, in {part}.{module}; it cannot be used.")
         alpha = given.get("alpha")
         factor = alphas.factor(part, module, rank) if alpha is None else float(alpha) / rank
-        return Pair(layer, down, up, factor)
+        return Pair(layer, down, up, factor, magnitude, axis)
+
+    def _magnitude(self, place: str, given: Mapping[str, Tensor], shape: list[int]) -> tuple[Tensor | None, int]:
+        """DoRA's norms of a layer, flat, and the axis of the weight that they go along."""
+        peft, kohya = given.get("lora_magnitude_vector"), given.get("dora_scale")
+        found = peft if kohya is None else kohya
+        if found is None:
+            return None, 0
+        outputs, inputs = shape[:2]
+        # LyCORIS writes [out, 1, …] or, the older way, [1, in, …]; peft [out], of convolutions [1, out, 1, 1]
+        along_inputs = kohya is not None and found.dim() > 1 and found.shape[0] == 1 and found.numel() == inputs
+        if found.numel() != (inputs if along_inputs else outputs):
+            raise InputError(
+                f"{self.label} was made for another base than {self.denoiser.name}: {place} has {found.numel()} magnitudes "
+                f"there, and a weight of the shape {shape} here; use a LoRA trained for this model."
+            )
+        return found.flatten(), int(along_inputs)
 
 
 def _by_name(root: nn.Module) -> dict[str, str]:

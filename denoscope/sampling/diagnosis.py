@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from denoscope.denoisers.classifiers import Classifier
-from denoscope.denoisers.protocol import Denoiser
+from denoscope.denoisers.protocol import ControlInput, Denoiser
 from denoscope.errors import InputError
 from denoscope.images import atomically, write
 from denoscope.images.chart import LINES, chart
@@ -245,6 +245,7 @@ def diagnose(
     at_once: int = 16,
     solver: Any = "auto",
     size: tuple[int, int] | None = None,
+    control: Sequence[ControlInput] = (),
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> ModelFitting:
     """Sample every run from the same seeds and let classifiers judge it, along the way and at the end.
@@ -252,7 +253,8 @@ def diagnose(
     runs: name: the guidance, by classifier, classifier-free, both as a pair, or None. labels: the class of every sample, by
     number. on: the classifier that guides; None when none does. off: classifiers that did not guide; to tell anything they
     must be about as good as `on` on real pictures, and trained on other ones. Where both have names of classes, their classes
-    are matched by name. prompts: what the model is told, as of `sample`.
+    are matched by name. prompts, control: what the model is told and shown, as of `sample`;
+    a row of control for all.
 
     Along the way, noise-aware judges look at what the network saw and others at the decoded x0 estimate; at the end all look
     at the sample, at timestep 0. report(done, total): called after every step, in sample steps.
@@ -274,7 +276,7 @@ def diagnose(
         if on is not None and guidance is not None and guidance.classifier.module is not on.module:
             raise InputError(f"The run {name!r} is guided by another classifier than `on`; diagnose it by itself.")
     outcomes: dict[str, Outcome] = {}
-    shared = {"steps": steps, "solver": solver, "size": size}
+    shared = {"steps": steps, "solver": solver, "size": size, "control": control}
     for name, pair in pairs.items():
         base = len(outcomes)
         outcomes[name] = _followed(

@@ -2,20 +2,24 @@
 
     python experiments/content-shift/evidence.py pairs --of birds --data DATA     (then --of faces)
     python experiments/content-shift/evidence.py camvid --data DATA
+    python experiments/content-shift/evidence.py shift --of birds --data DATA     (then faces and camvid; baselines alike)
     python experiments/content-shift/evidence.py amalgam --of birds --data DATA
     python experiments/content-shift/evidence.py report
 
-`pairs`: PCK@0.1 of random pairs of dev pictures (cropped at random) under every technique, timestep and site, the score of 40
-of these pictures and the check of 24. `camvid`: few-shot mIoU, score and check of the street scenes. `amalgam`: PCK of several
-techniques made one. Records are kept in runs/, and a stage that was stopped goes on. `report` writes tables.md and the figures.
-Techniques are trained by techniques.py.
+`pairs`: PCK@0.1 of random pairs of dev pictures (cropped at random) under every technique, timestep and site. `camvid`:
+few-shot mIoU of the street scenes. `shift`: the score of 40 of these pictures, over t too, and the check of some.
+`baselines`: features that know nothing, by the same protocols. `amalgam`: PCK of several techniques made one. Records are
+kept in runs/, and a stage that was stopped goes on. `report` writes tables.md and the figures. Techniques are trained by
+techniques.py, and tuned.py is about `denoscope tune`.
 """
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -24,8 +28,12 @@ from scipy.stats import spearmanr
 
 import denoscope as ds
 from denoscope.benchmarks.keypoints import Keypoints
-from denoscope.features import feature_sets, varied
+from denoscope.benchmarks.running import FeatureStore, Method, evaluate
+from denoscope.benchmarks.segmentation import CamVid
+from denoscope.features import Amalgam, Baseline, Dift, feature_sets, varied
 from denoscope.features.bootstrap import interval
+from denoscope.features.compared import of_another
+from denoscope.features.content_shift import scores
 from denoscope.features.dift import recipe
 from denoscope.features.gate import gate
 from denoscope.features.shift import content_shift
@@ -35,7 +43,9 @@ from denoscope.images.chart import chart
 HERE = Path(__file__).parent
 RUNS, WEIGHTS = Path("runs/content-shift"), HERE / "weights"
 TIMES, SITES, SIZE, DRAWS = (20, 101, 261), ("up.0", "up.1", "up.2"), "long64", 2
-CURVE = (5, 20, 50, 101, 180, 261, 400, 600)
+CURVE, CURVED = (5, 20, 50, 101, 180, 261, 400, 500), ("label", "wrong label", "canny", "LoRA", "guidance 3")
+CHECKED = {"birds": 16, "faces": 24, "camvid": 18}  # pictures of the check
+SEEDS, STEPS = 4, 12  # of the check: draws of the noise, steps
 KIND = {"birds": "bird", "faces": "face", "camvid": "car"}
 MEASURES = ("psnr", "ssim", "edge_f1")
 
@@ -66,28 +76,41 @@ def at(of: str, t: int) -> dict[str, dict[str, Any]]:
     return {name: {**one, "denoise_from": t + 5} if "denoise_from" in one else one for name, one in found.items()}
 
 
+def measured(of: str) -> list[str]:
+    """What PCK was measured of: the techniques, and edges that are another picture's."""
+    return [*techniques(of), "wrong:canny"]
+
+
 def told_by_images(of: str) -> dict[str, dict[str, Any]]:
     return {name: one for name, one in techniques(of).items() if name not in ("second t", "denoised 5", "img2img 0.3")}
 
 
 def measure_pairs(of: str, data: Path, count: int) -> None:
+    """PCK under every technique; what the records of a pair lack is added to them."""
     denoiser = ds.load("seedling", device="cpu")
     benchmark = drawn_pairs(of, data, count)
     items = benchmark.items()
     base = recipe(denoiser, t=TIMES[0], size=SIZE, ensemble=1)
-    recipes = {f"{name}@{t}": varied(denoiser, base, {**one, "t": t}) for t in TIMES for name, one in at(of, t).items()}
+    compared = {t: {**at(of, t), "wrong:canny": techniques(of)["canny"]} for t in TIMES}
+    recipes = {
+        f"{name}@{t}": varied(denoiser, base, {**one, "t": t}) for t in TIMES for name, one in compared[t].items()
+    }
     path = RUNS / f"pairs-{of}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = {json.loads(line)["key"] for line in path.read_text().splitlines()} if path.is_file() else set()
+    done = pair_records(of)
     for n, item in enumerate(items):
-        if item.key in done:
+        wanted = {name: one for name, one in recipes.items() if f"{name}@{SITES[0]}" not in done.get(item.key, {})}
+        if not wanted:
             continue
-        pair = item.data
-        maps = [
-            feature_sets(denoiser, benchmark.picture(name), recipes, sites=SITES) for name in (pair.source, pair.target)
-        ]
+        pair, other = item.data, benchmark.picture(items[(n + 1) % len(items)].data.source)
+        maps = []
+        for name in (pair.source, pair.target):
+            picture = benchmark.picture(name)
+            with TemporaryDirectory() as folder:
+                own = of_another(wanted, picture, other, denoiser, Path(folder))
+                maps.append(feature_sets(denoiser, picture, own, sites=SITES))
         right = {}
-        for name in recipes:
+        for name in wanted:
             for site in SITES:
                 source, target = (found[name][site] for found in maps)
                 points = ds.transfer(source, target, source.frame.clamped(pair.source_points)).points
@@ -96,13 +119,26 @@ def measure_pairs(of: str, data: Path, count: int) -> None:
             file.write(json.dumps({"key": item.key, "right": right}) + "\n")
         if n % 10 == 9:
             print(f"{of}: {n + 1} of {len(items)} pairs", flush=True)
-    pictures = [benchmark.picture(item.data.source) for item in items[:40]]
-    measure_shift(of, denoiser, pictures)
 
 
-def measure_shift(of: str, denoiser: Any, pictures: list[Any]) -> None:
-    """Score and check."""
-    settings = {"size": SIZE}
+def pair_records(of: str) -> dict[str, dict[str, float]]:
+    """Of every pair the PCK (a share) by TECHNIQUE@T@SITE."""
+    path, found = RUNS / f"pairs-{of}.jsonl", {}
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        one = json.loads(line)
+        found.setdefault(one["key"], {}).update(one["right"])
+    return found
+
+
+def measure_shift(of: str, data: Path, count: int) -> None:
+    """Score at the timesteps of the tables, score over timesteps, and the check."""
+    denoiser, settings = ds.load("seedling", device="cpu"), {"size": SIZE}
+    if of == "camvid":
+        found = sorted((data / "camvid" / "val").iterdir())[:18]
+        pictures = [ds.read(path) for path in found]
+    else:
+        benchmark = drawn_pairs(of, data, count)
+        pictures = [benchmark.picture(item.data.source) for item in benchmark.items()[:40]]
     for t in TIMES:
         path = RUNS / f"score-{of}-{t}.json"
         if not path.is_file():
@@ -110,35 +146,55 @@ def measure_shift(of: str, denoiser: Any, pictures: list[Any]) -> None:
             found = content_shift(denoiser, pictures, {k: v for k, v in at(of, t).items() if k != "plain"}, **shared)
             found.save(path)
             print(f"{of}: score at t = {t}", flush=True)
-    path = RUNS / f"curve-{of}.json"
+    # the frames of a street follow each other: neighbours by nine, so that the wrong edges are not those of the next frame
+    pictures = [picture for k in range(9) for picture in pictures[k::9]] if of == "camvid" else pictures
+    path = RUNS / f"gate-{of}-{SEEDS}-seeds.json"
     if not path.is_file():
-        label = {"label": techniques(of)["label"]}
-        found = content_shift(denoiser, pictures, label, t=CURVE, sites=list(SITES), settings=settings, draws=DRAWS)
-        write(found.draw_curves("diff"), HERE / f"curve_{of}.png")
-        found.save(path)
-    path = RUNS / f"gate-{of}.json"
-    if not path.is_file():
-        found = gate(
-            denoiser, pictures[:24], told_by_images(of), settings=settings, wrong_control=True, seeds=2, steps=12
-        )
+        checked = {"settings": settings, "wrong_control": True, "seeds": SEEDS, "steps": STEPS}
+        found = gate(denoiser, pictures[: CHECKED[of]], told_by_images(of), **checked)
         write(found.draw(), HERE / f"gate_{of}.png")
         found.save(path)
         print(f"{of}: image-to-image", flush=True)
+    path = RUNS / f"curves-{of}.json"
+    if not path.is_file():
+        shared = {"t": CURVE, "sites": list(SITES), "settings": settings, "draws": DRAWS, "wrong_control": True}
+        found = content_shift(denoiser, pictures, {name: techniques(of)[name] for name in CURVED}, **shared)
+        for value in ("score", "diff"):
+            write(found.draw_curves(value), HERE / f"{value}_over_t_{of}.png")
+        found.save(path)
+        print(f"{of}: score over t", flush=True)
 
 
-def measure_camvid(data: Path, runs: int, shots: int) -> None:
-    from denoscope.benchmarks.running import FeatureStore, Method, evaluate
-    from denoscope.benchmarks.segmentation import CamVid
-    from denoscope.features import Dift
+def baselines() -> dict[str, Baseline]:
+    return {name: Baseline(name) for name in ("rgb", "sift", "sift-fine", "position")}
 
+
+def measure_baselines(of: str, data: Path, count: int, runs: int, shots: int) -> None:
+    """Features that know nothing, by the protocol of the other tables, at sizes of their own."""
+    benchmark = streets(data, runs, shots) if of == "camvid" else drawn_pairs(of, data, count)
+    column = "mIoU" if of == "camvid" else "kp@0.1"
+    found = []
+    for name, extractor in baselines().items():
+        store = FeatureStore(extractor)
+        found.append(Method(name, lambda item, store=store: benchmark.run(item, store), store.settings))
+    evaluate(benchmark, found, RUNS / f"baselines-{of}")
+    rows = {name: by_item(benchmark, RUNS / f"baselines-{of}", name, column) for name in baselines()}
+    atomically(RUNS / f"baselines-{of}.json", lambda path: path.write_text(json.dumps(rows, indent=1)))
+
+
+def streets(data: Path, runs: int, shots: int) -> CamVid:
     class Small(CamVid):
         """Predictions are compared at 160 x 120, a ninth of the pixels."""
 
         def measured(self) -> int:
             return 160
 
+    return Small(data / "camvid", runs=runs, shots=shots, pixels=200)
+
+
+def measure_camvid(data: Path, runs: int, shots: int) -> None:
     denoiser = ds.load("seedling", device="cpu")
-    benchmark = Small(data / "camvid", runs=runs, shots=shots, pixels=200)
+    benchmark = streets(data, runs, shots)
     base = recipe(denoiser, size=SIZE, ensemble=1, site="+".join(SITES))
     compared = []
     for t in (20, 101):
@@ -155,8 +211,6 @@ def measure_camvid(data: Path, runs: int, shots: int) -> None:
         for method in compared
     }
     atomically(RUNS / "camvid.json", lambda path: path.write_text(json.dumps(found, indent=1, default=str)))
-    pictures = [ds.read(path) for path in sorted((data / "camvid" / "val").iterdir())[:18]]
-    measure_shift("camvid", denoiser, pictures)
 
 
 def by_item(benchmark: Any, folder: Path, method: str, column: str) -> list[float]:
@@ -174,9 +228,6 @@ def drawn_pairs(of: str, data: Path, count: int) -> Keypoints:
 
 def measure_amalgam(of: str, data: Path, count: int) -> None:
     """Maps of four techniques as one, on the pairs of `pairs`, at the preset's timestep."""
-    from denoscope.benchmarks.running import FeatureStore, Method, evaluate
-    from denoscope.features import Amalgam, Dift
-
     denoiser, benchmark = ds.load("seedling", device="cpu"), drawn_pairs(of, data, count)
     base = Dift(denoiser, recipe(denoiser, t=20, size=SIZE, ensemble=1, site="up.1"))
     parts = {"plain": {}, **{name: techniques(of)[name] for name in ("label", "canny", "LoRA")}}
@@ -195,21 +246,28 @@ def measure_amalgam(of: str, data: Path, count: int) -> None:
 
 def gains(of: str) -> Iterator[tuple[str, int, str, np.ndarray, np.ndarray]]:
     """(technique, t, site, PCK of every pair under plain, under the technique), percent."""
-    records = [json.loads(line)["right"] for line in (RUNS / f"pairs-{of}.jsonl").read_text().splitlines()]
+    records = pair_records(of).values()
     for t in TIMES:
         for site in SITES:
             plain = 100 * np.array([one[f"plain@{t}@{site}"] for one in records])
-            for name in techniques(of):
+            for name in measured(of):
                 yield name, t, site, plain, 100 * np.array([one[f"{name}@{t}@{site}"] for one in records])
 
 
+@cache
+def load(name: str) -> Any:
+    return json.loads((RUNS / f"{name}.json").read_text())
+
+
 def score_rows(of: str, t: int) -> dict[tuple[str, str], Mapping[str, Any]]:
-    rows = json.loads((RUNS / f"score-{of}-{t}.json").read_text())["rows"]
-    return {(row["technique"], row["site"]): row for row in rows}
+    """Rows by technique and site; those of another picture's edges are from the curves."""
+    rows = [*load(f"score-{of}-{t}")["rows"], *(row for row in load(f"curves-{of}")["rows"] if row["t"] == t)]
+    return {(row["technique"], row["site"]): row for row in reversed(rows)}
 
 
 def gate_rows(of: str) -> dict[str, Mapping[str, Any]]:
-    return {row["technique"]: row for row in json.loads((RUNS / f"gate-{of}.json").read_text())["rows"]}
+    """Rows by technique, without plain."""
+    return {row["technique"]: row for row in load(f"gate-{of}-{SEEDS}-seeds")["rows"] if row["technique"] != "plain"}
 
 
 def likeness(row: Mapping[str, Any]) -> float:
@@ -217,30 +275,35 @@ def likeness(row: Mapping[str, Any]) -> float:
     return float(np.mean([row[f"{m}_change"] / margin for m, margin in zip(MEASURES, (0.1, 0.005, 0.01), strict=True)]))
 
 
-def correlation(x: list[float], y: list[float]) -> str:
+def correlation(x: Sequence[float], y: Sequence[float]) -> str:
+    """Spearman's; "-" where all values are the same."""
+    if len(set(x)) < 2:
+        return f"- (n {len(x)})"
     found: Any = spearmanr(x, y)
     return f"{found.statistic:+.2f} (p {found.pvalue:.2f}, n {len(x)})"
 
 
-def span(values: tuple[float, float] | None) -> str:
-    return "" if values is None else f" [{values[0]:+.1f}, {values[1]:+.1f}]"
+def sign(low: float, high: float) -> int:
+    """Of a change: 0 where its interval holds 0."""
+    return (low > 0) - (high < 0)
+
+
+def span(values: Sequence[float] | None, plus: str = "+") -> str:
+    return "" if values is None else f" [{values[0]:{plus}.1f}, {values[1]:{plus}.1f}]"
 
 
 def report() -> None:
     lines = ["# Content shift on the embedded model, measured", ""]
     for of in ("birds", "faces"):
-        if (RUNS / f"pairs-{of}.jsonl").is_file():
-            lines += report_pairs(of)
+        lines += [*report_pairs(of), *report_check(of), *report_curves(of)]
         if (RUNS / f"amalgam-{of}.json").is_file():
-            rows = json.loads((RUNS / f"amalgam-{of}.json").read_text())
-            rows = {name: np.array(values) for name, values in rows.items()}
+            rows = {name: np.array(values) for name, values in load(f"amalgam-{of}").items()}
             lines += [f"Amalgams at up.1, t = 20, {of} | PCK@0.1 | against plain", "---|---|---"]
             for name, own in rows.items():
                 change = own - rows["plain"]
                 lines.append(f"{name} | {own.mean():.1f} | {change.mean():+.1f}{span(interval(change))}")
             lines.append("")
-    if (RUNS / "gate-camvid.json").is_file():
-        lines += report_camvid()
+    lines += [*report_learned(), *report_camvid(), *report_check("camvid"), *report_curves("camvid")]
     atomically(HERE / "tables.md", lambda path: path.write_text("\n".join(lines) + "\n"))
     print("\n".join(lines))
 
@@ -252,6 +315,13 @@ def report_pairs(of: str) -> list[str]:
     lines = [
         f"## {of.capitalize()}: {n} pairs, PCK@0.1 (box of the points), change against plain with 95 % intervals",
         "",
+        "Features that know nothing, the same pairs | PCK@0.1",
+        "---|---",
+        *(
+            f"{name} | {np.mean(own):.1f}{span(interval(np.array(own)), '')}"
+            for name, own in load(f"baselines-{of}").items()
+        ),
+        "",
     ]
     for t in TIMES:
         rows = score_rows(of, t)
@@ -260,7 +330,7 @@ def report_pairs(of: str) -> list[str]:
             f"{site}: plain {plain[site]:.1f}, score {rows['plain', site]['score']:.2f}" for site in SITES
         )
         lines += [f"t = {t} | {head} | GATE", "---|" + "---|" * len(SITES) + "---"]
-        for name in techniques(of):
+        for name in measured(of):
             cells = []
             for site in SITES:
                 p, q = next((p, q) for nn, tt, s, p, q in table if (nn, tt, s) == (name, t, site))
@@ -269,78 +339,154 @@ def report_pairs(of: str) -> list[str]:
                 f"{name} | " + " | ".join(cells) + f" | {verdicts[name]['verdict'] if name in verdicts else '-'}"
             )
         lines.append("")
-    lines += [
-        "Rank correlation (Spearman) over techniques of the change in PCK with",
-        "",
-        "t, site | score | GATE's likeness",
-        "---|---|---",
-    ]
-    every: tuple[list[float], list[float]] = ([], [])
-    for t in TIMES:
-        rows = score_rows(of, t)
-        for site in SITES:
-            change = {name: float(np.mean(q - p)) for name, tt, s, p, q in table if (tt, s) == (t, site)}
-            gain = [rows[name, site]["gain"] for name in change]
-            told = [name for name in change if name in verdicts]
-            by_gate = correlation([likeness(verdicts[name]) for name in told], [change[name] for name in told])
-            lines.append(f"{t}, {site} | {correlation(gain, list(change.values()))} | {by_gate}")
-            every[0].extend(gain)
-            every[1].extend(change.values())
-    lines += [f"all together | {correlation(*every)} |", ""]
-    lines += agreement(of, table, verdicts)
-    figure(of, table)
+    cells = {}
+    for name, t, site, p, q in table:
+        row, change = score_rows(of, t)[name, site], interval(q - p)
+        assert change is not None
+        told = Foretold(float(np.mean(q - p)), sign(*change), row["gain"], sign(row["gain_low"], row["gain_high"]))
+        cells.setdefault(f"t = {t}, {site}", []).append(told.by(verdicts.get(name)))
+    lines += foretelling(cells, "PCK")
+    figure(of, [one for one in table if one[0] in techniques(of)])
     return lines
 
 
-def agreement(of: str, table: list[Any], verdicts: Mapping[str, Any]) -> list[str]:
-    """How often a verdict and the sign of the change in PCK agree, where the interval of the change leaves out 0."""
-    sure, right = {"score": 0, "GATE": 0}, {"score": 0, "GATE": 0}
-    for name, t, site, p, q in table:
-        found = interval(q - p)
-        if found is None or found[0] <= 0 <= found[1]:
+@dataclass(frozen=True)
+class Foretold:
+    """A change and what was said of it before; signs are 1, -1 and 0 (not certain, no effect, undecided)."""
+
+    change: float
+    sign: int
+    gain: float  # in score
+    score: int  # sign of the gain
+    likeness: float | None = None
+    verdict: int = 0  # of GATE
+
+    def by(self, row: Mapping[str, Any] | None) -> "Foretold":
+        if row is None:
+            return self
+        return replace(self, likeness=likeness(row), verdict={"helps": 1, "hurts": -1}.get(row["verdict"], 0))
+
+
+SAID: Mapping[str, tuple[Callable[[Foretold], float | None], Callable[[Foretold], int]]] = {
+    "score": (lambda one: one.gain, lambda one: one.score),
+    "verdict of the score": (lambda one: one.score, lambda one: one.score),
+    "GATE's likeness": (lambda one: one.likeness, lambda one: int(np.sign(one.likeness or 0))),
+    "GATE's verdict": (lambda one: None if one.likeness is None else one.verdict, lambda one: one.verdict),
+}
+
+
+def foretelling(cells: Mapping[str, Sequence[Foretold]], what: str) -> list[str]:
+    """Rank correlations by cell and of all cells together; then how often signs agree."""
+    lines = [f"Spearman's rank correlation with the change in {what} | {' | '.join(SAID)}", "---|" * len(SAID) + "---"]
+    together = [one for found in cells.values() for one in found]
+    for name, found in {**cells, "all together": together}.items():
+        pairs = [[(value(one), one.change) for one in found if value(one) is not None] for value, _ in SAID.values()]
+        lines.append(f"{name} | " + " | ".join(correlation(*zip(*pair, strict=True)) for pair in pairs))
+    lines += [
+        "",
+        f'Signs, where {what} changes for certain | right | wrong | silent | "hurts" of all would be right '
+        "| right or rightly silent, of all changes",
+        "---|---|---|---|---|---",
+    ]
+    for name, (value, told) in SAID.items():
+        if name == "score":
             continue
-        sign = np.sign(np.mean(q - p))
-        row = score_rows(of, t)[name, site]
-        if row["gain_low"] > 0 or row["gain_high"] < 0:
-            sure["score"] += 1
-            right["score"] += np.sign(row["gain"]) == sign
-        if name in verdicts and verdicts[name]["verdict"] in ("helps", "hurts"):
-            sure["GATE"] += 1
-            right["GATE"] += (1 if verdicts[name]["verdict"] == "helps" else -1) == sign
-    return [
-        f"Where PCK changes for certain and the {what} has a sign, it is the right one in {right[what]} of {sure[what]} cases."
-        for what in sure
-    ] + [""]  # fmt: skip
+        every = [one for one in together if value(one) is not None]
+        sure = [one for one in every if one.sign]
+        right, silent = (
+            sum(told(one) == wanted(one) for one in sure) for wanted in (lambda one: one.sign, lambda one: 0)
+        )
+        hurts = sum(one.sign < 0 for one in sure)
+        equal = sum(told(one) == one.sign for one in every)
+        lines.append(
+            f"{name} | {right} | {len(sure) - right - silent} | {silent} | {hurts} of {len(sure)} | {equal} of {len(every)}"
+        )
+    return [*lines, ""]
+
+
+def report_check(of: str) -> list[str]:
+    found = load(f"gate-{of}-{SEEDS}-seeds")
+    told, plain = found["settings"], next(row for row in found["rows"] if row["technique"] == "plain")
+    given = f"{plain['pictures']} pictures, {told['seeds']} seeds, strength {told['strength']}, {told['steps']} steps"
+    heads = f"PSNR in dB, against plain ({plain['psnr']:.1f}) | SSIM ({plain['ssim']:.2f}) | edge F1 ({plain['edge_f1']:.2f})"
+    lines = [f"GATE's check, {of}: {given} | {heads} | verdict", "---|---|---|---|---"]
+    for name, row in gate_rows(of).items():
+        changes = [
+            f"{row[f'{m}_change']:+.{d}f} [{row[f'{m}_low']:+.{d}f}, {row[f'{m}_high']:+.{d}f}]"
+            for m, d in zip(MEASURES, (2, 3, 3), strict=True)
+        ]
+        lines.append(f"{name} | {' | '.join(changes)} | {row['verdict']}")
+    return [*lines, ""]
+
+
+def report_curves(of: str) -> list[str]:
+    rows = {(row["technique"], row["site"], row["t"]): row for row in load(f"curves-{of}")["rows"]}
+    lines = []
+    for value, digits in (("score", 2), ("diff", 0)):
+        lines += [f"{value} over t, {of} | {' | '.join(map(str, CURVE))}", "---|" * len(CURVE) + "---"]
+        for site in SITES:
+            for name in dict.fromkeys(name for name, *_ in rows):
+                told = (f"{rows[name, site, t][value]:.{digits}f}" for t in CURVE)
+                lines.append(f"{site}, {name} | {' | '.join(told)}")
+        lines.append("")
+    return lines
+
+
+def report_learned() -> list[str]:
+    found = load("amalgam-learned")
+    lines = [
+        f"Learned weights of `train amalgam`, faces, {found['config']['steps']} steps, {found['pairs']['train']} pairs; "
+        f"{found['pairs']['validation']} pairs held out | PCK@0.1",
+        "---|---",
+    ]
+    return [*lines, *(f"{name} | {row['kp@0.1']:.1f}" for name, row in found["validation"].items()), ""]
 
 
 def report_camvid() -> list[str]:
-    found, verdicts = json.loads((RUNS / "camvid.json").read_text()), gate_rows("camvid")
-    lines = ["## CamVid: few-shot mIoU", ""]
+    found, verdicts = load("camvid"), gate_rows("camvid")
+    lines = ["## CamVid: few-shot mIoU", "", "Features that know nothing, the same protocol | mIoU (runs)", "---|---"]
+    for name, values in load("baselines-camvid").items():
+        lines.append(f"{name} | {np.mean(values):.1f} ({', '.join(f'{v:.1f}' for v in values)})")
+    lines += ["", "5 shots, 1 run, all pixels, predictions at full size | mIoU", "---|---"]
+    lines += [f"{name} | {rows[0]['mIoU']:.1f}" for name, rows in load("camvid-baselines/camvid")["rows"].items()]
+    lines.append("")
+    cells: dict[str, list[Foretold]] = {}
     for t in (20, 101):
-        rows = score_rows("camvid", t)
-        lines += [f"t = {t} | mIoU | change | score (mean of sites) | GATE", "---|---|---|---|---"]
-        plain, change, gain = found[f"plain@{t}"], [], []
-        names = list(techniques("camvid"))
-        for name in ["plain", *names]:
+        lines += [f"t = {t} | mIoU | change (runs) | score (mean of sites) | GATE", "---|---|---|---|---"]
+        plain, score = found[f"plain@{t}"], score_means("camvid", t)
+        for name in ["plain", *techniques("camvid")]:
             one = found[f"{name}@{t}"]
-            score = float(np.mean([rows[name, site]["score"] for site in SITES]))
             by_run = [a - b for a, b in zip(one["runs"], plain["runs"], strict=True)]
             told = f"{np.mean(by_run):+.1f} ({', '.join(f'{v:+.1f}' for v in by_run)})" if name != "plain" else ""
-            verdict = verdicts[name]["verdict"] if name in verdicts and name != "plain" else "-"
+            verdict = verdicts[name]["verdict"] if name in verdicts else "-"
             lines.append(
-                f"{name} | {one['row']['mIoU']:.1f} ± {one['row']['± runs']:.1f} | {told} | {score:.2f} | {verdict}"
+                f"{name} | {one['row']['mIoU']:.1f} ± {one['row']['± runs']:.1f} | {told} | {score[name].mean():.2f}"
+                f" | {verdict}"
             )
             if name != "plain":
-                change.append(float(np.mean(by_run)))
-                gain.append(float(np.mean([rows[name, site]["gain"] for site in SITES])))
-        told = [name for name in names if name in verdicts]
-        by_gate = correlation([likeness(verdicts[name]) for name in told], [change[names.index(name)] for name in told])
-        lines += [
-            "",
-            f"Rank correlation with the change in mIoU: score {correlation(gain, change)}, GATE {by_gate}.",
-            "",
-        ]
-    return lines
+                gain = score[name] - score["plain"]
+                span_of = interval(gain)
+                assert span_of is not None
+                # two runs have no interval: certain is what both of them say
+                change = Foretold(
+                    float(np.mean(by_run)), sign(min(by_run), max(by_run)), float(gain.mean()), sign(*span_of)
+                )
+                cells.setdefault(f"t = {t}", []).append(change.by(verdicts.get(name)))
+        lines.append("")
+    lines += ["Certain is here what both runs say.", ""]
+    return lines + foretelling(cells, "mIoU")
+
+
+def score_means(of: str, t: int) -> dict[str, np.ndarray]:
+    """Score of every technique, a value a picture: the mean over sites and draws."""
+    pictures = [
+        [(row["technique"], scores(row["diff"], row["anchor"]).mean()) for row in picture["rows"]]
+        for picture in load(f"score-{of}-{t}")["pictures"]
+    ]
+    return {
+        name: np.array([np.mean([value for own, value in rows if own == name]) for rows in pictures])
+        for name in dict.fromkeys(own for own, _ in pictures[0])
+    }
 
 
 def figure(of: str, table: list[Any]) -> None:
@@ -362,24 +508,27 @@ def figure(of: str, table: list[Any]) -> None:
         write(c.image(), HERE / f"score_pck_{of}.png")
 
 
+STAGES: Mapping[str, Callable[[argparse.Namespace], None]] = {
+    "pairs": lambda a: measure_pairs(a.of, a.data, a.count),
+    "camvid": lambda a: measure_camvid(a.data, a.runs, a.shots),
+    "shift": lambda a: measure_shift(a.of, a.data, a.count),
+    "baselines": lambda a: measure_baselines(a.of, a.data, a.count, a.runs, a.shots),
+    "amalgam": lambda a: measure_amalgam(a.of, a.data, a.count),
+    "report": lambda a: report(),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("pairs", "camvid", "amalgam", "report"))
-    parser.add_argument("--of", choices=("birds", "faces"), default="birds")
+    parser.add_argument("stage", choices=tuple(STAGES))
+    parser.add_argument("--of", choices=("birds", "faces", "camvid"), default="birds")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--count", type=int, default=150)
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--shots", type=int, default=8)
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    if asked.stage == "pairs":
-        measure_pairs(asked.of, asked.data, asked.count)
-    elif asked.stage == "camvid":
-        measure_camvid(asked.data, asked.runs, asked.shots)
-    elif asked.stage == "amalgam":
-        measure_amalgam(asked.of, asked.data, asked.count)
-    else:
-        report()
+    STAGES[asked.stage](asked)
 
 
 if __name__ == "__main__":
