@@ -461,7 +461,7 @@ def test_a_command_that_was_stopped_goes_on(run, folder, tmp_path, monkeypatch) 
         inside.setattr(Assigners, "save", stopped)
         status, _, wrong = run(*asked)
     assert status
-    assert "train: stopped; the same command goes on from there." in wrong
+    assert "train: stopped; the same command goes on from what was kept last." in wrong
     assert (tmp_path / "w.json").exists()
     assert not (tmp_path / "w.safetensors").exists()
     status, said, wrong = run(*asked)

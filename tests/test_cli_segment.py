@@ -243,7 +243,7 @@ def test_a_stopped_run_says_how_to_go_on(run, folders, monkeypatch):
             status, out, error = run(*asked)
         assert status != 0
         assert text in out
-        assert "segment: stopped; the same command goes on from there." in error
+        assert "segment: stopped; the same command goes on from what was kept last." in error
         assert "Traceback" not in error
     status, out, _ = run(*asked)
     assert status == 0

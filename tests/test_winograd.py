@@ -72,7 +72,7 @@ def test_other_convolutions_are_left_alone(layer):
 @pytest.mark.parametrize("padding", [1, (1, 1), "same", 0])
 def test_operations_are_fewer_until_the_context_ends(padding):
     torch.manual_seed(0)
-    layer, x = nn.Conv2d(128, 128, 3, padding=padding), torch.randn(2, 128, 33, 18)
+    layer, x = nn.Conv2d(256, 256, 3, padding=padding), torch.randn(2, 256, 33, 18)
     with torch.no_grad():
         with FlopCounterMode(display=False) as direct:
             plain = layer(x)
@@ -81,6 +81,21 @@ def test_operations_are_fewer_until_the_context_ends(padding):
         assert torch.equal(layer(x), plain)
     assert 0 < relative(found, plain) < 1e-5
     assert fewer.get_total_flops() < 0.5 * direct.get_total_flops()
+
+
+def test_what_pytorch_refuses_is_refused():
+    x, weight = torch.randn(2, 320, 32, 32), torch.randn(320, 160, 3, 3)
+    with torch.no_grad(), ds.winograd(), pytest.raises(RuntimeError, match="channels"):
+        F.conv2d(x, weight, padding=1)
+
+
+def test_other_number_formats_are_left_alone():
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(256, 256, 3, padding=1), torch.randn(1, 256, 32, 32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        plain = layer(x)
+        with ds.winograd():
+            assert torch.equal(layer(x), plain)
 
 
 def test_gradients_are_those_of_pytorch():
@@ -103,12 +118,17 @@ def test_features_are_the_same_and_say_how_they_were_made(seedling):
     assert flops[1] < flops[0]
     assert fast.recipe["convolutions"] == "winograd"
     assert "convolutions" not in plain.recipe
+    extractor = ds.as_extractor(seedling)
+    apart = [extractor.describe()]
+    with ds.winograd():
+        apart.append(extractor.describe())  # what stored features go by
+    assert apart[0] != apart[1]
 
 
 def test_the_command_line_has_it_for_every_verb(run, tmp_path):
     made = {}
     for name, options in {"plain": (), "fast": ("--winograd",)}.items():
-        settings = ("--size", "96", "--ensemble", "1", "--out", tmp_path / name)
+        settings = ("--ensemble", "4", "--out", tmp_path / name)
         status, _, err = run(*options, "features", PHOTOS / "chelsea.jpg", *settings)
         assert status == 0, err
         made[name] = ds.FeatureMap.load(tmp_path / name / "chelsea.safetensors").values

@@ -58,8 +58,9 @@ def _own(given: dict[str, Any], denoiser: Any, control: Any, picture: Any) -> di
                 stacklevel=2,
             )
         else:
-            kept.append(one)
-            rows += control_inputs(denoiser, [one], picture or ds.read(one.image), size, "bicubic")
+            made = control_inputs(denoiser, [one], picture or ds.read(one.image), size, "bicubic")
+            kept += [one] * len(made)  # a picture without edges has nothing to show
+            rows += made
     if not kept:
         return {}
     given["control"] = tuple(rows)

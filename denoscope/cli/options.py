@@ -212,7 +212,9 @@ def resumable(verb: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        Console(stderr=True).print(f"{verb}: stopped; the same command goes on from there.", highlight=False)
+        Console(stderr=True).print(
+            f"{verb}: stopped; the same command goes on from what was kept last.", highlight=False
+        )
         raise
 
 

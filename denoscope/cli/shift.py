@@ -73,7 +73,7 @@ def shift(
     guidance: Annotated[
         float | None, typer.Option(help="Classifier-free guidance of the image-to-image check (default none).")
     ] = None,
-    pictures: Annotated[int, typer.Option(help="How many pictures to draw, and to read for the curve.")] = 4,
+    pictures: Annotated[int, typer.Option(min=0, help="How many pictures to draw, and to read for the curve.")] = 4,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = None,

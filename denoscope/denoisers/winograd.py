@@ -24,7 +24,7 @@ _BT = [[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0], [0, -2, 
 _G = [[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6], [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6],
       [0, 0, 1]]  # fmt: skip
 _AT = [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]
-_VALUES_AT_ONCE = 1 << 23  # 32 MiB, so that what one step writes the next still finds in the cache
+_VALUES_AT_ONCE = 1 << 22  # 16 MiB, so that what one step writes the next still finds in the cache
 
 _ACTIVE: ContextVar[bool] = ContextVar("winograd", default=False)
 
@@ -47,9 +47,10 @@ def winograd() -> Iterator[None]:
         _ACTIVE.reset(token)
 
 
-def active() -> bool:
-    """Whether a `winograd` context is open."""
-    return _ACTIVE.get()
+def described(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """What to write down of how the convolutions of a model are done: nothing where PyTorch does them."""
+    acts = _ACTIVE.get() and device.type == "cpu" and dtype == torch.float32
+    return {"convolutions": "winograd"} if acts else {}
 
 
 def convolved(
@@ -114,10 +115,10 @@ def _matrices() -> tuple[Tensor, Tensor, Tensor]:
 def _pays(c: int, outputs: int, tiles: int) -> bool:
     """Whether products and transforms take less than half the multiplications of direct sums.
 
-    Those of tiles count twice: they wait for memory more than they multiply.
+    Those of the transforms count twice: they wait for memory more than they multiply.
     """
-    products, kernels, around = 36 * tiles * c * outputs, 36 * 9 * c * outputs, 36 * (36 * c + 16 * outputs) * tiles
-    return products + kernels + 2 * around < 72 * tiles * c * outputs
+    products, transforms = 36 * tiles * c * outputs, 36 * (9 * c * outputs + (36 * c + 16 * outputs) * tiles)
+    return products + 2 * transforms < 72 * tiles * c * outputs
 
 
 class _Convolutions(TorchFunctionMode):
@@ -146,9 +147,14 @@ def _convolution(
     pads = {padding} if isinstance(padding, int) else {1} if padding == "same" else set(padding)
     if weight.shape[2:] != (3, 3) or groups != 1 or ones != [{1}, {1}] or pads not in ({0}, {1}):
         return None
-    if input.ndim != 4 or input.dtype != torch.float32 or weight.dtype != torch.float32:
+    if (
+        input.ndim != 4
+        or input.shape[1] != weight.shape[1]
+        or input.dtype != torch.float32
+        or weight.dtype != torch.float32
+    ):
         return None
-    if input.device.type not in ("cpu", "meta"):
+    if input.device.type not in ("cpu", "meta") or torch.is_autocast_enabled("cpu"):
         return None
     pad = pads.pop()
     height, width = (side + 2 * pad - 2 for side in input.shape[2:])

@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from denoscope.denoisers import winograd
 from denoscope.denoisers.protocol import Denoiser
 from denoscope.errors import InputError
 from denoscope.features.recipe import Recipe, recipe, resolve_size
@@ -52,6 +53,7 @@ def common_settings(denoiser: Denoiser, base: Recipe) -> dict[str, Any]:
         "model": denoiser.name,
         "weights": weights_digest(denoiser),
         "dtype": str(denoiser.dtype).removeprefix("torch."),
+        **winograd.described(denoiser.device, denoiser.dtype),
         "scheduler": {k: v for k, v in config.items() if isinstance(v, str | int | float | bool | None)},
         **{key: told[key] for key in ("preset", "size", "resample", "adaln", "massive", "pool")},
         "versions": dict(versions()),

@@ -220,8 +220,11 @@ class _Plan:
     def start(self, t: int) -> tuple[Tensor, Tensor | None]:
         """Clean latents, a row for each member, and the noise to be added to them at t."""
         n, noise = self.recipe.ensemble, self.draws[t]
-        x = self.posterior.sample(None if noise is None else noise.posterior).expand(n, *self.shape)
-        return x, None if noise is None or noise.diffusion is None else noise.diffusion.to(x)
+        posterior, eps = (
+            (None, None) if noise is None else (noise.posterior, noise.diffusion)
+        )  # explicit ones may have more
+        x = self.posterior.sample(None if posterior is None else posterior[:n]).expand(n, *self.shape)
+        return x, None if eps is None else eps[:n].to(x)
 
     def finish(self, work: "_Work", site: str, values: Mapping[int, Values]) -> tuple[Tensor, dict[str, Any]]:
         """The features of a site from its activations at every timestep, and what was done to them."""
@@ -260,7 +263,7 @@ class _Plan:
             **treatment,
             **{name: value for name, value in chosen.described().items() if name in _EXTRA},
             "dtype": str(work.denoiser.dtype).removeprefix("torch."),
-            **({"convolutions": "winograd"} if winograd.active() else {}),
+            **winograd.described(work.denoiser.device, work.denoiser.dtype),
             "picture": str(work.picture.path) if work.picture.path else None,
             "versions": dict(versions()),
         }

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from denoscope.denoisers import winograd
 from denoscope.denoisers.noise import Noise
 from denoscope.denoisers.protocol import Denoiser
 from denoscope.encoders.protocol import Encoder
@@ -53,6 +54,7 @@ class Dift:
         dtype = str(self.denoiser.dtype).removeprefix("torch.")
         noise = "given" if isinstance(self.noise, Noise) else self.noise or self.recipe.noise
         own = {"model": self.name, "weights": weights_digest(self.denoiser), "dtype": dtype}
+        own |= winograd.described(self.denoiser.device, self.denoiser.dtype)
         files = contents(self.recipe.prompt, self.recipe.control, self.recipe.lora)
         seed = self.seed if self.recipe.seed is None else self.recipe.seed
         return {**own, **self.recipe.described(), "seed": seed, "noise": noise, **({"files": files} if files else {})}

@@ -24,7 +24,7 @@ _KINDS: dict[tuple[type, ...], tuple[str, tuple[str, ...]]] = {
     (str, int): ("text or a class number", ("prompt",)),
     (int, str): ('a timestep, or text such as "+10" (10 above t)', ("denoise_from",)),
 }
-_ABOVE = re.compile(r"\+\d+")  # of denoise_from: timesteps above t
+_ABOVE = re.compile(r"\+[0-9]{1,9}")  # of denoise_from: timesteps above t
 
 
 @dataclass(frozen=True)

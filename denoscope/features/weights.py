@@ -27,7 +27,7 @@ def weights_digest(model: nn.Module | Denoiser) -> str:
 
     A tensor is read once (benchmarks/weights.py: 2.5 s of one core for all of Stable Diffusion 1.5 in float32) and then known
     by its memory, PyTorch's count of changes and three of its values. A change that touches none of these is not noticed: one
-    by way of `.data` or NumPy that leaves the first, the middle and the last value as they were.
+    by way of `.data`, NumPy or a fused optimiser that leaves the first, the middle and the last value as they were.
     """
     digest = hashlib.blake2b(digest_size=8)
     for part, module in _modules(model):

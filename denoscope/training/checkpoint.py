@@ -42,20 +42,24 @@ class Checkpoint:
 
         settings: JSON values that decide the training. steps: that are asked for.
 
-        Raises InputError when it is of a training with other settings or has done more steps.
+        Raises InputError when it is of a training with other settings, has done more steps, or is damaged beside a result.
         """
         self._print, self._due = fingerprint(settings), time.monotonic() + self.seconds
         if not self.path.is_file():
             return None
         try:
             held = torch.load(self.path, map_location=device, weights_only=True)
-            same = held["print"] == self._print and held["step"] <= steps
+            same, done = held["print"] == self._print, held["step"]
         except Exception:  # whichever way it is damaged
+            if self.result.exists():  # it may be finished
+                raise InputError(f"{self.path} is damaged and {self.result} is there; delete one of them.") from None
             warnings.warn(f"{self.path} is damaged; the training begins anew.", stacklevel=2)
             return None
         if not same:
             raise InputError(f"{self.path} is of a training with other settings; choose another file or delete it.")
-        self.resumed(held["step"])
+        if done > steps:
+            raise InputError(f"{self.path} has done {done} steps; ask for as many or more, or delete it.")
+        self.resumed(done)
         return held
 
     def keep(self, step: int, state: Callable[[], Mapping[str, Any]], now: bool = False) -> None:

@@ -216,7 +216,8 @@ def measure_camvid(data: Path, runs: int, shots: int) -> None:
 def by_item(benchmark: Any, folder: Path, method: str, column: str) -> list[float]:
     """A column of the table for every item by itself, from the records of a method."""
     safe = "".join(c if c.isalnum() or c in "-.@" else "_" for c in method)
-    lines = next((folder / "records").glob(f"{benchmark.name}-{safe}-*.jsonl")).read_text().splitlines()
+    files = (folder / "records").glob(f"{benchmark.name}-{safe}-{'[0-9a-f]' * 16}.jsonl")
+    lines = max(files, key=lambda path: path.stat().st_mtime).read_text().splitlines()
     records = {one["key"]: one["record"] for one in map(json.loads, lines)}
     return [benchmark.rows([item], [records[item.key]])[0][column] for item in benchmark.items()]
 
