@@ -24,7 +24,7 @@ _BT = [[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0], [0, -2, 
 _G = [[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6], [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6],
       [0, 0, 1]]  # fmt: skip
 _AT = [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]
-_VALUES_AT_ONCE = 1 << 22  # 16 MiB, so that what one step writes the next still finds in the cache
+_VALUES_AT_ONCE = 1 << 23  # 32 MiB, so that what one step writes the next still finds in the cache
 
 _ACTIVE: ContextVar[bool] = ContextVar("winograd", default=False)
 
